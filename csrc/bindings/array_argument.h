@@ -1,0 +1,28 @@
+// Any array that speaks DLPack, the buffer protocol or __array_interface__ as a TensorView, uncopied.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "core/tensor_view.h"
+
+namespace partita::bindings {
+
+// Borrows the memory of `object` for as long as the ArrayArgument lives.
+// Throws TypeMismatch (TypeError) when it is no array or its dtype is unknown; ValueError when it is
+// not on the CPU, or read-only while `writable` is asked for.
+class ArrayArgument {
+ public:
+  ArrayArgument(pybind11::handle object, const char* name, bool writable = false);
+  const TensorView& view() const { return view_; }
+  const TensorView* operator->() const { return &view_; }
+
+ private:
+  bool from_buffer(pybind11::handle object, bool writable);
+  bool from_array_interface(pybind11::handle object, bool writable);
+  bool from_dlpack(pybind11::handle object);
+
+  pybind11::object owner_;
+  TensorView view_;
+};
+
+}  // namespace partita::bindings

@@ -1,0 +1,17 @@
+// One register call per op folder; each bind_<op>.cpp defines its own.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace partita::bindings {
+
+void register_core(pybind11::module_& module);
+void register_gemm(pybind11::module_& module);
+void register_attention(pybind11::module_& module);
+void register_norm(pybind11::module_& module);
+void register_activation(pybind11::module_& module);
+void register_embedding(pybind11::module_& module);
+void register_sampling(pybind11::module_& module);
+void register_program(pybind11::module_& module);
+
+}  // namespace partita::bindings
