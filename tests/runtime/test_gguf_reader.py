@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.kit.real_model import smollm2_path
 
 from runtime.loading import GgufFile, ModelFileError, open_checkpoint
 from runtime.loading.gguf_formats import GGUF_FORMATS, row_bytes
+from tests.kit.real_model import smollm2_path
 
 
 def write_sample(path, alignment=32, seed=None) -> None:
@@ -21,10 +21,11 @@ def write_sample(path, alignment=32, seed=None) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     if alignment != 32:
         writer.add_custom_alignment(alignment)
-    for kind, value in dict(
-        uint8=200, int8=-3, uint16=60000, int16=-300, uint32=1 << 31, int32=-5, uint64=1 << 60, int64=-(1 << 60),
-        float32=0.1, float64=0.1, bool=True, string="naïve 你好 🎉 \0 end",
-    ).items():  # fmt: skip
+    for kind, value in {
+        "uint8": 200, "int8": -3, "uint16": 60000, "int16": -300, "uint32": 1 << 31, "int32": -5,
+        "uint64": 1 << 60, "int64": -(1 << 60),
+        "float32": 0.1, "float64": 0.1, "bool": True, "string": "naïve 你好 🎉 \0 end",
+    }.items():  # fmt: skip
         getattr(writer, f"add_{kind}")(f"a.{kind}", value)
     writer.add_string("empty.string", " ")
     writer.add_array("array.int", [1, -2, 3])
@@ -135,7 +136,10 @@ HOSTILE = {
     "deep arrays": (header(num_keys=1) + string(b"k") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 40, "nested"),
     "wide arrays": (header(num_keys=1) + string(b"k") + struct.pack("<IIQ", 9, 9, 1 << 20) + PADDING, "nested"),
     "key twice": (header(num_keys=2) + (string(b"k") + struct.pack("<IB", 0, 1)) * 2 + PADDING, "twice"),
-    "alignment 0": (header(num_keys=1) + string(b"general.alignment") + struct.pack("<II", 4, 0) + PADDING, "alignment"),
+    "alignment 0": (
+        header(num_keys=1) + string(b"general.alignment") + struct.pack("<II", 4, 0) + PADDING,
+        "alignment",
+    ),
     "alignment 48": (header(num_keys=1) + string(b"general.alignment") + struct.pack("<II", 4, 48) + PADDING, "power"),
     "alignment text": (
         header(num_keys=1) + string(b"general.alignment") + struct.pack("<I", 8) + string(b"32") + PADDING,

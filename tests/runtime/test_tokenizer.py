@@ -10,22 +10,22 @@ import string
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kit.real_model import smollm2_path
-from tests.kit.tiny_models import write_tiny_model
 
 from runtime.loading import GgufFile, ModelFileError, open_checkpoint
 from runtime.loading.gguf_tokenizer import implied_merges
 from runtime.tokenizer import IncrementalDecoder, StopStringMatcher, Tokenizer
+from tests.kit.real_model import smollm2_path
+from tests.kit.tiny_models import write_tiny_model
 
 TEXTS = [
     "",
     " ",
     "Hello, world!",
-    "In 1918 the 3,141,592nd soldier — 27 years old — wrote: \"It's over.\"",
+    'In 1918 the 3,141,592nd soldier — 27 years old — wrote: "It\'s over."',
     "def f(x: int) -> list[int]:\n\treturn [i ** 2 for i in range(x)]  # squares\n\n\n",
     "   leading,  double   and trailing   ",
     "tabs\t\tand\r\nnew\n\n\nlines \n",
-    "你好，世界！日本語のテキスト、한국어 텍스트",
+    "你好\uff0c世界\uff01日本語のテキスト、한국어 텍스트",
     "emoji 🎉🏳️‍🌈👨‍👩‍👧‍👦 and é è ê combining: e\u0301",
     "Ünïcödé Straße ŁÓDŹ Привет мир مرحبا שלום",
     "can't won't they've I'm you'll he'd IT'S",
@@ -177,7 +177,16 @@ def sentencepiece_vocabulary() -> tuple[list[str], list[int], list[float]]:
     return tokens, types, scores
 
 
-SENTENCES = ["hello world", " hello  world", "hello", "", "héllo wörld 🎉", "hello<|turn|>hello", "it in. .. ...", "\n\n"]
+SENTENCES = [
+    "hello world",
+    " hello  world",
+    "hello",
+    "",
+    "héllo wörld 🎉",
+    "hello<|turn|>hello",
+    "it in. .. ...",
+    "\n\n",
+]
 
 
 def test_sentencepiece_vocabulary_equals_transformers(tmp_path, monkeypatch):
@@ -185,7 +194,7 @@ def test_sentencepiece_vocabulary_equals_transformers(tmp_path, monkeypatch):
 
     monkeypatch.setenv("PARTITA_CACHE", str(tmp_path / "cache"))
     tokens, types, scores = sentencepiece_vocabulary()
-    flags = dict(bos_token_id=1, eos_token_id=2, unknown_token_id=0, add_bos_token=True)
+    flags = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "add_bos_token": True}
     path = gguf_with_vocabulary(tmp_path / "spm.gguf", tokens, types, scores, **flags)
     reference = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     for _ in range(2):  # the second time from the cache folder
@@ -222,7 +231,7 @@ def test_gemma_vocabulary_keeps_spaces(tmp_path, monkeypatch):
     tokens[tokens.index("▁▁")] = "  "
     tokens.append("<unk>")
     types.append(2)
-    flags = dict(bos_token_id=2, eos_token_id=1, unknown_token_id=len(tokens) - 1, add_space_prefix=False)
+    flags = {"bos_token_id": 2, "eos_token_id": 1, "unknown_token_id": len(tokens) - 1, "add_space_prefix": False}
     path = gguf_with_vocabulary(tmp_path / "g.gguf", tokens, types, [0.0] * len(tokens), arch="gemma3", **flags)
     reference = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     tokenizer = Tokenizer.from_path(path)
@@ -264,19 +273,19 @@ def test_words_are_cut_as_the_vocabulary_was_trained(tmp_path, pre, pieces):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        (dict(model="bert"), "tokenizer.ggml.model"),
-        (dict(pre="unheard-of"), "tokenizer.ggml.pre"),
-        (dict(merges=None), "merges"),
-        (dict(merges=["a b c"]), "merges"),
-        (dict(merges=["a zz"]), "not consistent"),
-        (dict(types=[1]), "token_type"),
-        (dict(model="llama", pre=None, scores=None), "scores"),
-        (dict(model="llama", pre=None, scores=[0.0]), "scores"),
+        ({"model": "bert"}, "tokenizer.ggml.model"),
+        ({"pre": "unheard-of"}, "tokenizer.ggml.pre"),
+        ({"merges": None}, "merges"),
+        ({"merges": ["a b c"]}, "merges"),
+        ({"merges": ["a zz"]}, "not consistent"),
+        ({"types": [1]}, "token_type"),
+        ({"model": "llama", "pre": None, "scores": None}, "scores"),
+        ({"model": "llama", "pre": None, "scores": [0.0]}, "scores"),
     ],
 )
 def test_inconsistent_vocabularies_are_named(tmp_path, monkeypatch, changes, match):
     monkeypatch.setenv("PARTITA_CACHE", str(tmp_path / "cache"))
-    values = dict(tokens=["a", "b", "ab"], types=[1, 1, 1], merges=["a b"], model="gpt2", pre="gpt-2")
+    values = {"tokens": ["a", "b", "ab"], "types": [1, 1, 1], "merges": ["a b"], "model": "gpt2", "pre": "gpt-2"}
     values.update(changes)
     if values["model"] == "llama":
         values["merges"] = None
