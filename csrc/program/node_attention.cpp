@@ -21,7 +21,7 @@ AttentionOp::AttentionOp(AttentionNode node, int64_t qkv_stride, int64_t output_
                   weight->size(), " elements, wanted head_dim ", layout.head_dim);
   const int64_t qkv_width = static_cast<int64_t>(node_.num_q_heads + 2 * layout.num_kv_heads) * layout.head_dim;
   PARTITA_CHECK(qkv_stride_ >= qkv_width, "attention: qkv rows hold ", qkv_stride_, " floats, wanted ", qkv_width);
-  if (node_.rope) rope_view_ = node_.rope->view();
+  if (node_.rope) rope_view_ = node_.rope->table();
 }
 
 std::string AttentionOp::detail() const {
