@@ -60,6 +60,8 @@ class Engine:
         self._last_step_s = time.monotonic()
         self._fatal: str | None = None
         self._is_closing = False
+        self._outstanding_lock = threading.Lock()
+        self._num_outstanding = 0  # submitted, no finish_reason yet
         self._idle = threading.Event()
         self._idle.set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -69,7 +71,9 @@ class Engine:
 
     def submit(self, message: Submit) -> None:
         """Queues a request; its Deltas follow until one carries a finish_reason."""
-        self._idle.clear()
+        with self._outstanding_lock:
+            self._num_outstanding += 1
+            self._idle.clear()
         self._inbox.append(message)
         self._runner.completions.notify()
 
@@ -80,8 +84,14 @@ class Engine:
 
     def stats(self) -> dict:
         """Counters and gauges for /metrics."""
+        scheduler = self._scheduler.stats()
         return {
-            **self._scheduler.metrics(),
+            "num_requests_running": scheduler.num_running,
+            "num_requests_waiting": scheduler.num_waiting + len(self._inbox),
+            "kv_cache_usage": scheduler.kv_usage,
+            "num_preemptions": scheduler.num_preemptions,
+            "prefix_queries": scheduler.num_prefix_query_tokens,
+            "prefix_hits": scheduler.num_prefix_hit_tokens,
             "steps": self._num_steps,
             "step_tokens": self._num_step_tokens,
             "last_step_age_s": time.monotonic() - self._last_step_s,
@@ -136,10 +146,15 @@ class Engine:
             self._last_step_s = now
         while self._inbox:
             self._receive(self._inbox.popleft(), now, deltas)
+        self._publish(deltas)
+
+    def _publish(self, deltas: list[Delta]) -> None:
         if deltas:
             self._on_deltas(deltas)
-        if not self._inbox and not self._sampling and not self._runner.num_in_flight:
-            self._idle.set()
+        with self._outstanding_lock:
+            self._num_outstanding -= sum(delta.finish_reason is not None for delta in deltas)
+            if self._num_outstanding == 0 and not self._runner.num_in_flight:
+                self._idle.set()
 
     def _receive(self, message: Submit | Abort, now: float, deltas: list[Delta]) -> None:
         if isinstance(message, Abort):
@@ -226,6 +241,4 @@ class Engine:
         while self._runner.num_in_flight:  # lanes finish what they hold: frames must not die under them
             for completion in self._runner.completions.wait_any(1.0):
                 self._runner.finish(completion, lambda _request_id: False)
-        if deltas:
-            self._on_deltas(deltas)
-        self._idle.set()
+        self._publish(deltas)
