@@ -182,13 +182,8 @@ class Engine:
             raise ValueError(f"prompt: got a token id outside 0 to {self.config.vocab_size - 1}")
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.config.eos_token_ids)
         seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed % 2**64
-        native = _native.SamplingParams(
-            temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p,
-            presence_penalty=sampling.presence_penalty, frequency_penalty=sampling.frequency_penalty,
-            repetition_penalty=sampling.repetition_penalty, seed=seed,
-            num_logprobs=-1 if sampling.logprobs is None else sampling.logprobs, min_tokens=sampling.min_tokens,
-            stop_token_ids=sorted(stop_ids), logit_bias=list(sampling.logit_bias),
-        )  # fmt: skip
+        native = _native_sampling(sampling, seed, stop_ids)
+        native.check(self.config.vocab_size)
         request = Request(
             message.request_id, message.prompt_token_ids,
             max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
@@ -242,3 +237,16 @@ class Engine:
             for completion in self._runner.completions.wait_any(1.0):
                 self._runner.finish(completion, lambda _request_id: False)
         self._publish(deltas)
+
+
+def _native_sampling(sampling, seed: int, stop_token_ids: frozenset[int]):
+    """runtime.SamplingParams as the sampling node reads them; lengths and stop strings stay with others."""
+    native = _native.SamplingParams()
+    for name in ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+        setattr(native, name, getattr(sampling, name))
+    native.seed = seed
+    native.num_logprobs = -1 if sampling.logprobs is None else sampling.logprobs
+    native.min_tokens = sampling.min_tokens
+    native.stop_token_ids = sorted(stop_token_ids)
+    native.logit_bias = list(sampling.logit_bias)
+    return native

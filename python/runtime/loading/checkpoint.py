@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ class Checkpoint:
     tokenizer_source: TokenizerSource
     chat_template: str | None
     generation_config: dict[str, Any]
+    mappings: tuple[mmap.mmap, ...] = ()  # of the weight files
     norm_offset: float = 0.0  # Hugging Face's Gemma files hold w where the norm multiplies by 1 + w
 
     def vector(self, name: str) -> np.ndarray:
@@ -74,6 +76,12 @@ class Checkpoint:
         if self.norm_offset and name.endswith("_norm"):
             values = values + np.float32(self.norm_offset)
         return np.ascontiguousarray(values)
+
+    def release_pages(self) -> None:
+        """Gives the files' cached pages back to the system: what is read later is read from disk again."""
+        for mapping in self.mappings:
+            if len(mapping) and hasattr(mmap, "MADV_DONTNEED"):
+                mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -196,6 +204,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         tokenizer_source=TokenizerSource("gguf", path, key, metadata=metadata),
         chat_template=template,
         generation_config=_gguf_generation_config(metadata),
+        mappings=(file.buffer,),
     )
 
 
@@ -298,6 +307,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         tokenizer_source=TokenizerSource("hf", folder, key, config=tokenizer_config),
         chat_template=_folder_chat_template(folder, tokenizer_config),
         generation_config=generation_config,
+        mappings=tuple(file.buffer for file in files),
         norm_offset=1.0 if config.family == "gemma3" else 0.0,
     )
 
