@@ -132,6 +132,7 @@ void register_gemm(py::module_& module) {
       .def_readonly("kernel", &PackedLinear::kernel)
       .def_readonly("reason", &PackedLinear::reason)
       .def_property_readonly("packed_bytes", &PackedLinear::packed_bytes)
+      .def_property_readonly("prepared_row_bytes", &PackedLinear::prepared_row_bytes)
       .def("run", &run, py::arg("x"), py::arg("out"), py::arg("bias") = py::none(), py::arg("norm_weight") = py::none(),
            py::arg("norm_eps") = 1e-5f, py::arg("gate") = py::none(), py::arg("add_to_out") = false,
            py::arg("num_threads") = 1);
