@@ -12,7 +12,6 @@ DEVICES = ("cpu",)
 ACTIVATIONS = ("int8", "bf16", "fp32")
 KV_CODECS = ("fp32", "bf16", "fp16", "int8", "int4", "int4-plain")
 PAGE_SIZES = (16, 32, 64, 128)
-POLICIES = ("fcfs", "priority")
 
 _BYTE_UNITS = {
     "": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
@@ -51,7 +50,14 @@ def parse_kv_dtype(text: str) -> tuple[str, str]:
     """``"int8"`` -> ("int8", "int8"); ``"int8:int4"`` -> K int8, V int4. ``auto`` is bf16; ``bfloat16`` and the like are read too."""
     if not isinstance(text, str):
         raise TypeError(f"kv_dtype must be a string, got {text!r}")
-    aliases = {"auto": "bf16", "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+    aliases = {
+        "auto": "bf16",
+        "bfloat16": "bf16",
+        "float16": "fp16",
+        "half": "fp16",
+        "float32": "fp32",
+        "float": "fp32",
+    }
     parts = [aliases.get(part.strip().lower(), part.strip().lower()) for part in text.split(":")]
     if len(parts) > 2 or any(part not in KV_CODECS for part in parts):
         raise ValueError(f"kv_dtype must be one of {', '.join(KV_CODECS)}, or a pair k:v of them, got {text!r}")
@@ -85,11 +91,12 @@ class EngineArgs:
     max_model_len: int | None = None  # tokens; None: the largest that fits
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None  # token budget of one step; None: the engine decides
-    policy: str = "fcfs"
+    policy: str = "default"  # preset of scheduler.policy
     enable_prefix_caching: bool = True
     threads: int | None = None  # None: one per core this process may use
     seed: int = 0  # of requests that bring none
     offline: bool = False  # never touch the network
+    trace_steps: bool = False  # keep a trace of what every step ran
 
     def check(self) -> EngineArgs:
         if isinstance(self.served_model_name, str):
@@ -113,8 +120,9 @@ class EngineArgs:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if self.policy not in POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+        from scheduler.policy import policy_named
+
+        policy_named(self.policy)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         return self
@@ -142,7 +150,9 @@ class EngineArgs:
         )
         group.add_argument("--tokenizer", metavar="PATH", help="folder or tokenizer.json (default: the model's own)")
         group.add_argument("--chat-template", metavar="FILE", help="jinja file or text (default: the model's own)")
-        group.add_argument("--max-model-len", metavar="N|auto", help="context in tokens (default: the largest that fits)")
+        group.add_argument(
+            "--max-model-len", metavar="N|auto", help="context in tokens (default: the largest that fits)"
+        )
         group.add_argument("--offline", action="store_true", help="never touch the network")
 
         group = parser.add_argument_group("precision")
@@ -163,9 +173,11 @@ class EngineArgs:
         group.add_argument(
             "--page-size", "--block-size", type=int, default=64, choices=PAGE_SIZES, help="tokens (default: 64)"
         )
-        group.add_argument("--max-num-seqs", type=int, default=64, metavar="N", help="requests that run at once (default: 64)")
+        group.add_argument(
+            "--max-num-seqs", type=int, default=64, metavar="N", help="requests that run at once (default: 64)"
+        )
         group.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="token budget of one step")
-        group.add_argument("--policy", choices=POLICIES, default="fcfs", help="order of waiting requests (default: fcfs)")
+        group.add_argument("--policy", default="default", metavar="NAME", help="scheduling preset (default: default)")
         group.add_argument(
             "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True,
             help="reuse the KV of shared prompt prefixes (default: on)",
@@ -173,8 +185,11 @@ class EngineArgs:
 
         group = parser.add_argument_group("machine")
         group.add_argument("--device", choices=DEVICES, default="cpu")
-        group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: the cores this process may use)")
+        group.add_argument(
+            "--threads", type=int, metavar="N", help="CPU threads (default: the cores this process may use)"
+        )
         group.add_argument("--seed", type=int, default=0, help="of requests that bring none (default: 0)")
+        group.add_argument("--trace-steps", action="store_true", help="keep a trace of what every step ran")
 
     @classmethod
     def from_namespace(cls, namespace: argparse.Namespace) -> EngineArgs:

@@ -15,26 +15,23 @@ from typing import Protocol
 
 from runtime.messages import Delta, Submit
 from runtime.output_assembler import OutputAssembler
-from runtime.request_builder import Prompt, RequestBuilder, RequestRefused
+from runtime.request_builder import INLINE_CHARS, Prompt, RequestBuilder, RequestError
 from runtime.sampling_params import SamplingParams
 
 logger = logging.getLogger("partita.front")
 
-INLINE_TOKENIZE_CHARS = 4096  # longer prompts are tokenized on a thread: about 1 ms of the loop's time at most
 STALL_LIMIT_S = 30.0  # a client that takes no byte for so long is dropped
-STEP_LIMIT_S = 60.0  # no step for so long while requests run: unhealthy
 STATS_LINE_PERIOD_S = 10.0
 
 
 class EngineClient(Protocol):
     """What the front asks of an engine. ``submit`` and ``abort`` are thread-safe and never block."""
 
-    config: object  # .max_model_len, .model_name, .max_num_seqs, .seed
-    dead_reason: str | None  # why the engine thread died, if it did
+    config: object  # .max_model_len, .model_name, .seed
 
     def submit(self, submit: Submit) -> None: ...
     def abort(self, request_id: str, reason: str = "abort") -> None: ...
-    def stats(self) -> dict: ...
+    def stats(self) -> dict: ...  # "fatal": why the engine thread died; "steps"; and the gauges of /metrics
     def shutdown(self, drain_seconds: float = 0.0) -> None: ...
 
 
@@ -158,9 +155,11 @@ class Front:
         self.max_model_len = 0
         self.draining = False
         self.load_error: str | None = None
+        self.fatal: str | None = None  # why the engine thread died
         self._live: dict[str, LiveOutput] = {}
         self._generations: set[Generation] = set()
         self._max_running = 1
+        self._num_tokenizing = 0  # texts in the hands of threads
         self._mean_request_s = 1.0  # moving average, for Retry-After
         self._ticker: asyncio.Task | None = None
         self._last_step = (-1, time.monotonic())  # (stats()["steps"], when it was seen first)
@@ -173,13 +172,16 @@ class Front:
         self.loop = asyncio.get_running_loop()
         self._ticker = self.loop.create_task(self._tick())
 
-    def attach(self, engine: EngineClient, tokenizer, chat_template, default_sampling: dict | None = None) -> None:
-        """Any thread may call it; requests are accepted from here on. ``default_sampling``: the model's own defaults."""
+    def attach(
+        self, engine: EngineClient, tokenizer, chat_template, *, max_num_seqs: int, default_sampling: dict | None = None
+    ) -> None:
+        """Requests are accepted from here on. ``max_num_seqs``: how many the engine runs at once, for the queue's limit;
+        ``default_sampling``: the model's own defaults."""
         self.default_sampling = dict(default_sampling or {})
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.max_model_len = engine.config.max_model_len
-        self._max_running = engine.config.max_num_seqs
+        self._max_running = max_num_seqs
         self.builder = RequestBuilder(tokenizer, engine.config.max_model_len, engine.config.seed)
         self.engine = engine
 
@@ -210,9 +212,17 @@ class Front:
             return "loading", "the model is still being loaded"
         if self.draining:
             return "shutting_down", "the server is shutting down"
-        if self.engine.dead_reason is not None:
-            return "engine_dead", f"the engine has stopped: {self.engine.dead_reason}"
+        if self.fatal is not None:
+            return "engine_dead", f"the engine has stopped: {self.fatal}"
         return None
+
+    def look_at_engine(self) -> dict:
+        """Reads the engine's stats, and from them whether it lives and steps."""
+        stats = self.engine.stats()
+        self.fatal = stats.get("fatal")
+        if stats.get("steps", 0) != self._last_step[0] or not self._live:
+            self._last_step = (stats.get("steps", 0), time.monotonic())
+        return stats
 
     def stuck_s(self) -> float:
         """Seconds without a step while requests run; 0 when all is well."""
@@ -221,28 +231,33 @@ class Front:
     def check_ready(self) -> EngineClient:
         reason = self.unready_reason()
         if reason is not None:
-            raise RequestRefused(503, reason[0], reason[1], retry_after_s=1 if reason[0] == "loading" else 5)
+            raise RequestError(503, reason[0], reason[1], retry_after_s=1 if reason[0] == "loading" else 5)
         return self.engine
 
     # Prompts
 
     async def tokenize(self, text: str, *, add_special_tokens: bool, param: str = "prompt") -> tuple[int, ...]:
         """Token ids of a text; long texts are tokenized off the loop, so that streams go on."""
-        self.builder.check_text(text, param)
-        encode = self.tokenizer.encode
-        if len(text) <= INLINE_TOKENIZE_CHARS:
-            return tuple(encode(text, add_special_tokens=add_special_tokens))
-        ids = await self.loop.run_in_executor(None, lambda: encode(text, add_special_tokens=add_special_tokens))
-        return tuple(ids)
+        encode = self.builder.encode
+        # While a long text is being tokenized the tokenizer is locked: the loop must not wait for it.
+        if len(text) <= INLINE_CHARS and not self._num_tokenizing:
+            return encode(text, add_special_tokens=add_special_tokens, param=param)
+        self._num_tokenizing += 1
+        try:
+            return await self.loop.run_in_executor(
+                None, lambda: encode(text, add_special_tokens=add_special_tokens, param=param)
+            )
+        finally:
+            self._num_tokenizing -= 1
 
     # Requests
 
     def check_queue(self, num_requests: int) -> None:
-        """Raises RequestRefused (429) when the queue is full; cheap, so call it before any other work."""
+        """Raises RequestError (429) when the queue is full; cheap, so call it before any other work."""
         limit = self._max_running + self.max_queued_requests
         if len(self._live) + num_requests > limit:
             wait_s = len(self._live) / self._max_running * self._mean_request_s
-            raise RequestRefused(
+            raise RequestError(
                 429, "queue_full",
                 f"The server has {len(self._live)} requests in flight and takes at most {limit} "
                 f"({self._max_running} running, {self.max_queued_requests} queued). Try again later.",
@@ -260,7 +275,7 @@ class Front:
         cache_salt: str = "",
         param: str = "prompt",
     ) -> Generation:
-        """Submits every prompt ``sampling.n`` times. Raises RequestRefused before anything is submitted, or nothing is."""
+        """Submits every prompt ``sampling.n`` times. Raises RequestError before anything is submitted, or nothing is."""
         engine = self.check_ready()
         self.check_queue(len(prompts) * sampling.n)
         submits = self.builder.build(
@@ -279,7 +294,7 @@ class Front:
             except Exception as error:
                 generation.cancel("error")
                 self.forget(generation)
-                raise RequestRefused(503, "engine_dead", f"the engine took no request: {error}") from error
+                raise RequestError(503, "engine_dead", f"the engine took no request: {error}") from error
         return generation
 
     def forget(self, generation: Generation) -> None:
@@ -354,11 +369,9 @@ class Front:
                 self._drop_stalled(now)
                 if self.engine is None:
                     continue
-                stats = self.engine.stats()
-                if stats.get("steps", 0) != self._last_step[0] or not self._live:
-                    self._last_step = (stats.get("steps", 0), now)
-                if self.engine.dead_reason is not None:
-                    self._fail_all(self.engine.dead_reason)
+                stats = self.look_at_engine()
+                if self.fatal is not None:
+                    self._fail_all(self.fatal)
                 if now - last_line_s >= STATS_LINE_PERIOD_S:
                     self._log_line(stats, now - last_line_s)
                     last_line_s = now
@@ -368,7 +381,9 @@ class Front:
     def _drop_stalled(self, now: float) -> None:
         for generation in list(self._generations):
             if now - generation.stalled_since_s > STALL_LIMIT_S and generation.stalled_task is not None:
-                logger.warning("request %s: the client took nothing for %.0f s; dropped", generation.request_id, STALL_LIMIT_S)
+                logger.warning(
+                    "request %s: the client took nothing for %.0f s; dropped", generation.request_id, STALL_LIMIT_S
+                )
                 generation.cancel("stalled client")
                 generation.stalled_task.cancel()
 

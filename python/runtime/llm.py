@@ -21,7 +21,7 @@ from runtime.sampling_params import SamplingParams
 
 _ALIASES = {"kv_cache_dtype": "kv_dtype", "kv_cache_memory_bytes": "kv_memory", "block_size": "page_size"}
 
-PromptLike = str | Mapping[str, Any] | Sequence[int]
+PromptLike = str | Mapping[str, Any] | Sequence[int] | Prompt
 
 
 class _Live:
@@ -38,7 +38,9 @@ class _Live:
         output.text += piece.text
         output.token_ids += piece.token_ids
         if piece.logprobs is not None:
-            output.logprobs = (output.logprobs or []) + [Logprob.by_token_id(tokenizer, entry) for entry in piece.logprobs]
+            output.logprobs = (output.logprobs or []) + [
+                Logprob.by_token_id(tokenizer, entry) for entry in piece.logprobs
+            ]
             output.cumulative_logprob = self.assembler.cumulative_logprob
         output.finish_reason, output.stop_reason = piece.finish_reason, piece.stop_reason
         return piece
@@ -99,13 +101,24 @@ class LLM:
     def get_tokenizer(self):
         return self.tokenizer
 
+    @property
+    def default_sampling(self) -> dict[str, Any]:
+        """What the model's own files recommend, as fields of SamplingParams."""
+        return dict(getattr(self.model_config, "default_sampling", None) or {})
+
     def get_default_sampling_params(self) -> SamplingParams:
-        """The model's own defaults where it brings any."""
-        return SamplingParams(**(getattr(self.model_config, "default_sampling", None) or {}))
+        return SamplingParams(**self.default_sampling)
+
+    def ordinary_token_ids(self) -> list[int]:
+        """Ids that stand for text: what random prompts are drawn from."""
+        special = set(self.tokenizer.special_ids)
+        return [token_id for token_id in range(self.builder.vocab_size) if token_id not in special]
 
     # Prompts
 
     def _read_prompt(self, prompt: PromptLike) -> Prompt:
+        if isinstance(prompt, Prompt):
+            return prompt
         if isinstance(prompt, Mapping):
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
             if ids is None and text is None:
@@ -114,14 +127,13 @@ class LLM:
                 return Prompt(tuple(ids), text)
             prompt = text
         if isinstance(prompt, str):
-            self.builder.check_text(prompt)
-            return Prompt(tuple(self.tokenizer.encode(prompt, add_special_tokens=True)), prompt)
+            return Prompt(self.builder.encode(prompt, add_special_tokens=True), prompt)
         if isinstance(prompt, Sequence) and all(isinstance(token_id, int) for token_id in prompt):
             return Prompt(tuple(prompt))
         raise TypeError(f"a prompt must be a text, token ids or a mapping, got {type(prompt).__name__}")
 
     def _read_prompts(self, prompts: PromptLike | Sequence[PromptLike]) -> list[Prompt]:
-        if isinstance(prompts, (str, Mapping)) or (prompts and isinstance(prompts[0], int)):
+        if isinstance(prompts, (str, Mapping, Prompt)) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]
         return [self._read_prompt(prompt) for prompt in prompts]
 
@@ -132,10 +144,10 @@ class LLM:
         template_kwargs.setdefault("add_generation_prompt", True)
         return self.chat_template.render([dict(message) for message in messages], **template_kwargs)
 
-    def _read_conversation(self, messages: Sequence[Mapping[str, Any]], **template_kwargs) -> Prompt:
+    def read_conversation(self, messages: Sequence[Mapping[str, Any]], **template_kwargs) -> Prompt:
+        """The prompt that the chat template makes of ``messages``."""
         text = self.chat_prompt(messages, **template_kwargs)
-        self.builder.check_text(text, "messages")
-        return Prompt(tuple(self.tokenizer.encode(text, add_special_tokens=False)), text)
+        return Prompt(self.builder.encode(text, add_special_tokens=False, param="messages"), text)
 
     # Generation
 
@@ -164,7 +176,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers one conversation, or each of a list of them."""
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [self._read_conversation(one, **(chat_template_kwargs or {})) for one in conversations]
+        prompts = [self.read_conversation(one, **(chat_template_kwargs or {})) for one in conversations]
         return self._run(prompts, sampling_params, use_tqdm)
 
     def stream(self, prompt: PromptLike, sampling_params: SamplingParams | None = None) -> Iterator[OutputPiece]:
@@ -174,7 +186,7 @@ class LLM:
     def stream_chat(
         self, messages: Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None
     ) -> Iterator[OutputPiece]:
-        return self._stream(self._read_conversation(messages), sampling_params)
+        return self._stream(self.read_conversation(messages), sampling_params)
 
     def _stream(self, prompt: Prompt, sampling: SamplingParams | None) -> Iterator[OutputPiece]:
         sampling = sampling or self.get_default_sampling_params()
@@ -191,7 +203,9 @@ class LLM:
     def _run(self, prompts: list[Prompt], sampling_params, use_tqdm: bool) -> list[RequestOutput]:
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
-        each = [sampling_params] * len(prompts) if isinstance(sampling_params, SamplingParams) else list(sampling_params)
+        each = (
+            [sampling_params] * len(prompts) if isinstance(sampling_params, SamplingParams) else list(sampling_params)
+        )
         if len(each) != len(prompts):
             raise ValueError(f"sampling_params has {len(each)} entries for {len(prompts)} prompts")
         with self._lock, self._submitted(prompts, each) as live:
@@ -240,8 +254,9 @@ class LLM:
                 deltas = self._deltas.get(timeout=1.0)
                 break
             except queue.Empty:
-                if self.engine.dead_reason is not None:
-                    raise RuntimeError(f"the engine has stopped: {self.engine.dead_reason}") from None
+                fatal = self.engine.stats().get("fatal")
+                if fatal is not None:
+                    raise RuntimeError(f"the engine has stopped: {fatal}") from None
         now = time.monotonic()
         for delta in deltas:
             one = live.get(delta.request_id)

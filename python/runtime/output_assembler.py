@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime.messages import Delta, TokenLogprobs
@@ -32,7 +33,10 @@ class OutputAssembler:
     )  # fmt: skip
 
     def __init__(self, tokenizer, sampling: SamplingParams, num_prompt_tokens: int) -> None:
-        from runtime.tokenizer import IncrementalDecoder, StopStringMatcher  # not at import: keeps ``import runtime`` light
+        from runtime.tokenizer import (
+            IncrementalDecoder,
+            StopStringMatcher,
+        )  # not at import: keeps ``import runtime`` light
 
         self.sampling = sampling
         self.num_tokens = 0
@@ -43,9 +47,13 @@ class OutputAssembler:
         self.stop_reason: int | str | None = None
         self.error: str | None = None
         self.hit_stop_string = False
-        self._decoder = IncrementalDecoder(tokenizer, skip_special_tokens=sampling.skip_special_tokens)
+        self._decoder = IncrementalDecoder(
+            tokenizer, skip_special_tokens=sampling.skip_special_tokens, continuation=True
+        )
         self._matcher = (
-            StopStringMatcher(sampling.stop, include_stop=sampling.include_stop_str_in_output) if sampling.stop else None
+            StopStringMatcher(sampling.stop, include_stop=sampling.include_stop_str_in_output)
+            if sampling.stop
+            else None
         )
         self._text: list[str] = []
         self._token_ids: list[int] = []
@@ -61,21 +69,37 @@ class OutputAssembler:
             return
         if delta.num_cached_tokens:
             self.num_cached_tokens = delta.num_cached_tokens
-        token_ids = delta.token_ids
-        last_is_silent = delta.stop_token_id is not None and not self.sampling.include_stop_str_in_output
-        for position, token_id in enumerate(token_ids):
-            self.num_tokens += 1
-            self._token_ids.append(token_id)
-            if self._logprobs is not None and delta.logprobs is not None:
-                entry = delta.logprobs[position]
-                self._logprobs.append(entry)
-                self.cumulative_logprob += entry.logprob
-            if last_is_silent and position == len(token_ids) - 1:
-                break
-            if self._emit(self._decoder.push(token_id)):
-                return
+        self._token_ids += delta.token_ids
+        if self._logprobs is not None and delta.logprobs is not None:
+            self._logprobs += delta.logprobs
+            self.cumulative_logprob += sum(entry.logprob for entry in delta.logprobs)
+        shown = delta.token_ids
+        if delta.stop_token_id is not None and not self.sampling.include_stop_str_in_output:
+            shown = shown[:-1]
+        if self._matcher is None:
+            self.num_tokens += len(delta.token_ids)
+            text = self._decoder.push(shown)
+            if text:
+                self._text.append(text)
+        elif self._push_matched(shown, len(delta.token_ids)):
+            return
         if delta.finish_reason is not None:
             self._finish(delta)
+
+    def _push_matched(self, shown: Sequence[int], num_tokens: int) -> bool:
+        """Token by token: the stop string ends the output at the token that completes it, not at the step's last."""
+        before = self.num_tokens
+        for position, token_id in enumerate(shown):
+            self.num_tokens += 1
+            if self._emit(self._decoder.push((token_id,))):
+                num_dropped = num_tokens - position - 1
+                if num_dropped:
+                    del self._token_ids[-num_dropped:]
+                    if self._logprobs:
+                        del self._logprobs[-num_dropped:]
+                return True
+        self.num_tokens = before + num_tokens
+        return False
 
     def _emit(self, text: str) -> bool:
         """True if a stop string ended the output."""

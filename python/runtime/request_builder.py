@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,12 +10,24 @@ from runtime.messages import Submit
 from runtime.sampling_params import SamplingParams
 
 
-class RequestRefused(ValueError):
+INLINE_CHARS = 4096  # about a millisecond to tokenize; longer texts are worth a thread
+PROBE_CHARS_PER_TOKEN = 8  # a text of more characters than this times the context hardly ever fits
+
+
+class RequestError(ValueError):
     """A request that never reached the engine. ``code`` is stable; ``status`` is the HTTP status that fits."""
 
-    def __init__(self, status: int, code: str, message: str, param: str | None = None, retry_after_s: int | None = None):
+    def __init__(
+        self, status: int, code: str, message: str, param: str | None = None, retry_after_s: int | None = None
+    ):
         super().__init__(message)
-        self.status, self.code, self.message, self.param, self.retry_after_s = status, code, message, param, retry_after_s
+        self.status, self.code, self.message, self.param, self.retry_after_s = (
+            status,
+            code,
+            message,
+            param,
+            retry_after_s,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +37,7 @@ class Prompt:
 
 
 class RequestBuilder:
-    """Knows the limits of one loaded model. Raises RequestRefused naming the parameter, what came and what is possible."""
+    """Knows the limits of one loaded model. Raises RequestError naming the parameter, what came and what is possible."""
 
     def __init__(self, tokenizer, max_model_len: int, seed: int = 0) -> None:
         self.tokenizer = tokenizer
@@ -34,27 +45,37 @@ class RequestBuilder:
         self.vocab_size = tokenizer.vocab_size
         self._seeds = random.Random(seed)  # of requests that bring none
 
-    def check_text(self, text: str, param: str = "prompt") -> None:
-        """Refuses a text that cannot fit whatever its tokens are, before it costs a tokenization."""
-        longest = self.tokenizer.max_token_bytes
-        if len(text) > self.max_model_len * longest:
-            raise RequestRefused(
-                400, "context_length_exceeded",
-                f"This model's maximum context length is {self.max_model_len} tokens. The {param} has {len(text)} characters, "
-                f"at least {math.ceil(len(text) / longest)} tokens. Please shorten it.", param,
-            )  # fmt: skip
+    def encode(self, text: str, *, add_special_tokens: bool, param: str = "prompt") -> tuple[int, ...]:
+        """Token ids of a text. One that is far too long for the context is refused after looking at its beginning."""
+        probe_chars = PROBE_CHARS_PER_TOKEN * self.max_model_len
+        if len(text) > probe_chars:
+            num_tokens = len(self._encode(text[:probe_chars], add_special_tokens))
+            if num_tokens > self.max_model_len + 64:  # cutting a text adds a token or two, no more
+                num_at_least = int(num_tokens * (len(text) / probe_chars))
+                raise RequestError(
+                    400, "context_length_exceeded",
+                    f"This model's maximum context length is {self.max_model_len} tokens. The {param} has about "
+                    f"{num_at_least} tokens ({len(text)} characters). Please shorten it.", param,
+                )  # fmt: skip
+        return tuple(self._encode(text, add_special_tokens))
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) <= INLINE_CHARS:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        # The backend gives the GIL away for a batch, not for one text: the engine thread must go on stepping.
+        return self.tokenizer.encode_batch([text, ""], add_special_tokens=add_special_tokens)[0]
 
     def resolve_max_tokens(self, num_prompt_tokens: int, max_tokens: int | None, param: str = "prompt") -> int:
         """How many tokens may be generated; None means the rest of the context. Never truncates."""
         room = self.max_model_len - num_prompt_tokens
         if room < 1:
-            raise RequestRefused(
+            raise RequestError(
                 400, "context_length_exceeded",
                 f"This model's maximum context length is {self.max_model_len} tokens. The {param} has {num_prompt_tokens} tokens, "
                 "and at least one is needed for the output. Please shorten it.", param,
             )  # fmt: skip
         if max_tokens is not None and max_tokens > room:
-            raise RequestRefused(
+            raise RequestError(
                 400, "context_length_exceeded",
                 f"This model's maximum context length is {self.max_model_len} tokens. The {param} has {num_prompt_tokens} tokens "
                 f"and max_tokens asks for {max_tokens}, {num_prompt_tokens + max_tokens} in all. Lower one of them.", "max_tokens",
@@ -63,10 +84,10 @@ class RequestBuilder:
 
     def check_prompt(self, token_ids: Sequence[int], param: str = "prompt") -> None:
         if not token_ids:
-            raise RequestRefused(400, "empty_prompt", f"The {param} is empty: at least one token is needed.", param)
+            raise RequestError(400, "empty_prompt", f"The {param} is empty: at least one token is needed.", param)
         for token_id in (min(token_ids), max(token_ids)):
             if not 0 <= token_id < self.vocab_size:
-                raise RequestRefused(
+                raise RequestError(
                     400, "invalid_value", f"{param} holds token id {token_id}; ids of this model are 0 to {self.vocab_size - 1}.",
                     param,
                 )  # fmt: skip
@@ -86,7 +107,7 @@ class RequestBuilder:
         try:
             sampling.check_vocabulary(self.vocab_size)
         except ValueError as error:
-            raise RequestRefused(400, "invalid_value", f"{error}.", str(error).split(" ", 1)[0]) from None
+            raise RequestError(400, "invalid_value", f"{error}.", str(error).split(" ", 1)[0]) from None
         submits = []
         for prompt in prompts:
             self.check_prompt(prompt.token_ids, param)

@@ -85,7 +85,9 @@ class SamplingParams:
             store(name, _check_number(name, getattr(self, name), -2, 2, "between -2 and 2"))
         store(
             "repetition_penalty",
-            _check_number("repetition_penalty", self.repetition_penalty, 0, 10, "above 0 and at most 10", low_open=True),
+            _check_number(
+                "repetition_penalty", self.repetition_penalty, 0, 10, "above 0 and at most 10", low_open=True
+            ),
         )
         if self.seed is not None:
             _check_integer("seed", self.seed, -(2**63), 2**64 - 1, "a 64-bit integer")

@@ -29,9 +29,12 @@ class ScriptedEngine:
     """Steps every ``step_s`` seconds; each running request gets its script's next token, beginning anew at the end unless it
     ends in EOS. ``fail_request(request_id) -> str | None`` makes requests end in an error."""
 
-    def __init__(self, tokenizer, on_deltas, *, max_model_len=512, max_num_seqs=32, step_s=0.0, script=parrot, fail_request=None):
-        self.config = SimpleNamespace(max_model_len=max_model_len, max_num_seqs=max_num_seqs, model_name="scripted", seed=0)
-        self.dead_reason: str | None = None
+    def __init__(
+        self, tokenizer, on_deltas, *, max_model_len=512, max_num_seqs=32, step_s=0.0, script=parrot, fail_request=None
+    ):
+        self.config = SimpleNamespace(max_model_len=max_model_len, model_name="scripted", seed=0)
+        self.max_num_seqs = max_num_seqs
+        self.fatal: str | None = None
         self.paused = threading.Event()  # set: nothing is scheduled
         self.aborts: list[Abort] = []
         self.submits: list[Submit] = []
@@ -55,10 +58,11 @@ class ScriptedEngine:
         self._wake.set()
 
     def stats(self) -> dict:
-        held = len(self._running) / self.config.max_num_seqs
+        held = len(self._running) / self.max_num_seqs
         return {
             "num_requests_running": len(self._running), "num_requests_waiting": len(self._waiting), "kv_cache_usage": held,
             "num_preemptions": 0, "prefix_queries": 10, "prefix_hits": 4, "steps": self._num_steps,
+            "fatal": self.fatal,
         }  # fmt: skip
 
     def shutdown(self, drain_seconds: float = 0.0) -> None:
@@ -75,7 +79,7 @@ class ScriptedEngine:
             if self.paused.is_set():
                 time.sleep(0.002)
                 continue
-            while self._waiting and len(self._running) < self.config.max_num_seqs:
+            while self._waiting and len(self._running) < self.max_num_seqs:
                 request_id = next(iter(self._waiting))
                 self._running[request_id] = self._waiting.pop(request_id)
             deltas = [delta for running in list(self._running.values()) if (delta := self._step(running)) is not None]
@@ -91,7 +95,9 @@ class ScriptedEngine:
             message = self._inbox.popleft()
             if isinstance(message, Submit):
                 self.submits.append(message)
-                self._waiting[message.request_id] = _Running(message, self._script(message, self._tokenizer.eos_token_ids[0]))
+                self._waiting[message.request_id] = _Running(
+                    message, self._script(message, self._tokenizer.eos_token_ids[0])
+                )
             else:
                 self.aborts.append(message)
                 found = self._waiting.pop(message.request_id, None) or self._running.pop(message.request_id, None)

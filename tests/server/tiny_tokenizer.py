@@ -1,37 +1,37 @@
-"""A real byte-level BPE tokenizer of some hundred tokens, trained here, and a template to go with it."""
+"""A real byte-level BPE tokenizer of some hundred tokens, trained here, and a chat template to go with it."""
+
 from __future__ import annotations
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import functools
 
-class TinyTokenizer:
-    def __init__(self):
-        tok = Tokenizer(models.BPE())
-        tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tok.decoder = decoders.ByteLevel()
-        tr = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>", "<|u|>", "<|a|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-        tok.train_from_iterator(["hello world the quick brown fox jumps over the lazy dog"] * 5, tr)
-        self.t = tok
-        self.special_ids = {0, 1, 2, 3}
-        self.eos_token_ids = (1,)
-        bs = list(range(33, 127)) + list(range(161, 173)) + list(range(174, 256))
-        cs = bs[:]
-        n = 0
-        for b in range(256):
-            if b not in bs:
-                bs.append(b); cs.append(256 + n); n += 1
-        self.map = {chr(c): b for b, c in zip(bs, cs)}
-        self.max_token_bytes = 16
-    @property
-    def vocab_size(self): return self.t.get_vocab_size()
-    def encode(self, text, add_special_tokens=True): return self.t.encode(text, add_special_tokens=add_special_tokens).ids
-    def decode(self, ids, skip_special_tokens=True): return self.t.decode(list(ids), skip_special_tokens=skip_special_tokens)
-    def token_bytes(self, i):
-        s = self.t.id_to_token(i)
-        if i in self.special_ids: return s.encode()
-        return bytes(self.map[c] for c in s)
+from runtime.chat_template import ChatTemplate
+from runtime.tokenizer import Tokenizer
 
-class TinyTemplate:
-    def render(self, messages, add_generation_prompt=True, continue_final_message=False, **kwargs):
-        if any(m["content"] == "REFUSE" for m in messages):
-            raise ValueError("refused by the template")
-        return "".join(f"<|u|>{m['role']}: {m['content']}</s>" for m in messages) + ("<|a|>" if add_generation_prompt else "")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['content'] == 'refuse me' %}{{ raise_exception('refused') }}{% endif %}"
+    "<|u|>{{ message['role'] }}: {{ message['content'] }}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
+)
+EOS = 1
+
+
+@functools.cache
+def tiny_tokenizer() -> Tokenizer:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>", "<|u|>", "<|a|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
+    backend.train_from_iterator(["hello world the quick brown fox jumps over the lazy dog"] * 5, trainer)
+    return Tokenizer(backend, vocab_size=backend.get_vocab_size(), bos_token_id=0, eos_token_ids=(EOS,))
+
+
+@functools.cache
+def tiny_template() -> ChatTemplate:
+    return ChatTemplate(CHAT_TEMPLATE, {"eos_token": "</s>"})

@@ -163,7 +163,9 @@ class CompletionShape(Shape):
     object_name = "text_completion"
     chunk_object_name = "text_completion"
 
-    def __init__(self, generation: Generation, model: str, fingerprint: str, *, with_token_ids: bool, echo: bool) -> None:
+    def __init__(
+        self, generation: Generation, model: str, fingerprint: str, *, with_token_ids: bool, echo: bool
+    ) -> None:
         super().__init__(generation, model, fingerprint, with_token_ids=with_token_ids)
         self.echo = echo
         self._text_offsets = [0] * len(generation.outputs)
@@ -207,4 +209,6 @@ class CompletionShape(Shape):
 
     def chunks(self, output: LiveOutput, piece: OutputPiece) -> Iterator[dict[str, Any]]:
         timings = timings_of(output) if piece.finish_reason is not None else None
-        yield self._chunk([self._choice(output, piece, piece.text)], **({} if timings is None else {"timings": timings}))
+        yield self._chunk(
+            [self._choice(output, piece, piece.text)], **({} if timings is None else {"timings": timings})
+        )

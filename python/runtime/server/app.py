@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from runtime.front import Front, Generation
-from runtime.request_builder import Prompt, RequestRefused
+from runtime.request_builder import Prompt, RequestError
 from runtime.server import protocol
 from runtime.server.answers import ChatShape, CompletionShape, Shape
 from runtime.server.errors import ApiError
@@ -56,7 +57,10 @@ class Api:
         if name and name not in self.settings.model_names:
             known = ", ".join(self.settings.model_names)
             raise ApiError(
-                404, f"The model {name[:200]!r} does not exist; served here: {known}.", code="model_not_found", param="model"
+                404,
+                f"The model {name[:200]!r} does not exist; served here: {known}.",
+                code="model_not_found",
+                param="model",
             )
 
     async def read(self, request: Request, kind: type) -> Any:
@@ -67,7 +71,13 @@ class Api:
         self.check_model(parsed.model)
         return parsed
 
-    async def answer(self, request: Request, asked: protocol.SamplingRequest, generation: Generation, shape: Shape) -> Response:
+    async def render(self, asked: Any) -> str:
+        """What the chat template makes of a request's messages; on a thread, for a template may take its time."""
+        return await self.front.loop.run_in_executor(None, chat_prompt, self.front.chat_template, asked)
+
+    async def answer(
+        self, request: Request, asked: protocol.SamplingRequest, generation: Generation, shape: Shape
+    ) -> Response:
         if asked.stream:
             options = asked.stream_options or protocol.StreamOptions()
             writer = ChunkWriter(
@@ -103,7 +113,11 @@ class Api:
             cache_salt=asked.cache_salt or "",
         )  # fmt: skip
         shape = CompletionShape(
-            generation, self.model_name, self.fingerprint, with_token_ids=bool(asked.return_token_ids), echo=bool(asked.echo)
+            generation,
+            self.model_name,
+            self.fingerprint,
+            with_token_ids=bool(asked.return_token_ids),
+            echo=bool(asked.echo),
         )
         return await self.answer(request, asked, generation, shape)
 
@@ -113,7 +127,7 @@ class Api:
         asked.check_stream_options()
         sampling = asked.sampling_params(self.front.default_sampling)
         self.front.check_queue(sampling.n)
-        text = chat_prompt(self.front.chat_template, asked)
+        text = await self.render(asked)
         ids = await self.front.tokenize(text, add_special_tokens=False, param="messages")
         generation = self.front.generate(
             f"chatcmpl-{request.state.request_id}", [Prompt(ids, text)], sampling, arrival_s=arrival_s,
@@ -129,7 +143,7 @@ class Api:
         if asked.prompt is not None:
             text, add_special_tokens = asked.prompt, asked.add_special_tokens is not False
         else:
-            text, add_special_tokens = chat_prompt(self.front.chat_template, asked), bool(asked.add_special_tokens)
+            text, add_special_tokens = await self.render(asked), bool(asked.add_special_tokens)
         tokens = list(await self.front.tokenize(text, add_special_tokens=add_special_tokens))
         answer = {"count": len(tokens), "max_model_len": self.front.max_model_len, "tokens": tokens}
         if asked.return_token_strs:
@@ -156,6 +170,8 @@ class Api:
 
     def health(self, *, ready: bool) -> Response:
         """``ready`` also refuses while the queue is full or the server drains; neither ever generates."""
+        if self.front.engine is not None:
+            self.front.look_at_engine()
         reason = self.front.unready_reason()
         stuck_s = self.front.stuck_s()
         if reason is None and stuck_s > UNHEALTHY_AFTER_S:
@@ -165,24 +181,33 @@ class Api:
         if reason is None and ready:
             try:
                 self.front.check_queue(1)
-            except RequestRefused as refusal:
+            except RequestError as refusal:
                 reason = refusal.code, refusal.message
         if reason is not None:
             raise ApiError(503, f"Not ready: {reason[1]}.", code=reason[0], headers={"retry-after": "1"})
         return json_response({"status": "ok"})
 
 
-def create_app(front: Front, settings: ServerSettings, metrics: Metrics) -> Guard:
-    """The whole server as one ASGI app. The front is started and stopped by its lifespan."""
+def create_app(
+    front: Front, settings: ServerSettings, metrics: Metrics, on_start: Callable[[], None] | None = None
+) -> Guard:
+    """The whole server as one ASGI app. Its lifespan starts the front, calls ``on_start`` on the loop, stops the front."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_app):
         front.start()
+        if on_start is not None:
+            on_start()
         yield
         await front.stop()
 
     app = FastAPI(
-        title="Partita", version=settings.version, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
+        title="Partita",
+        version=settings.version,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
     )
     api = Api(front, settings, metrics)
     _add_error_answers(app)
@@ -213,7 +238,14 @@ def _add_generating_routes(app: FastAPI, api: Api) -> None:
 
 def _add_status_routes(app: FastAPI, api: Api) -> None:
     def get(path: str):
-        return app.api_route(path, methods=["GET", "HEAD"], response_class=Response)
+        """GET, and HEAD for those who probe with it."""
+
+        def register(handler):
+            app.add_api_route(path, handler, methods=["GET"], response_class=Response)
+            app.add_api_route(path, handler, methods=["HEAD"], response_class=Response, include_in_schema=False)
+            return handler
+
+        return register
 
     @app.get("/v1/models", response_class=Response)
     async def models():
@@ -261,8 +293,8 @@ def _add_error_answers(app: FastAPI) -> None:
     async def api_error(_request, error: ApiError):
         return respond(error)
 
-    @app.exception_handler(RequestRefused)
-    async def refused(_request, refusal: RequestRefused):
+    @app.exception_handler(RequestError)
+    async def refused(_request, refusal: RequestError):
         return respond(ApiError.from_refusal(refusal))
 
     @app.exception_handler(HTTPException)

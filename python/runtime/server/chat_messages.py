@@ -66,7 +66,9 @@ def chat_prompt(chat_template, asked) -> str:
     if len(kwargs) > _MAX_KWARGS:
         raise _refuse("chat_template_kwargs", f"must hold at most {_MAX_KWARGS} values, got {len(kwargs)}")
     for name, value in kwargs.items():
-        simple = value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) <= 4096)
+        simple = (
+            value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) <= 4096)
+        )
         if name in _RESERVED_KWARGS or not name.isidentifier() or not simple:
             raise _refuse(f"chat_template_kwargs.{name[:60]}", "is not a value that a request may set")
     messages = checked_messages(asked.messages)
@@ -77,11 +79,20 @@ def chat_prompt(chat_template, asked) -> str:
     if continue_final and messages[-1]["role"] != "assistant":
         raise _refuse("continue_final_message", "needs a last message of the assistant")
     try:
-        return chat_template.render(
-            messages,
-            add_generation_prompt=not continue_final and add_generation is not False,
-            continue_final_message=continue_final,
-            **kwargs,
+        text = chat_template.render(
+            messages, add_generation_prompt=not continue_final and add_generation is not False, **kwargs
         )
     except ValueError as error:
-        raise ApiError(400, f"The chat template refused the messages: {error}.", code="chat_template_error", param="messages") from None
+        raise ApiError(
+            400, f"The chat template refused the messages: {error}.", code="chat_template_error", param="messages"
+        ) from None
+    return _without_turn_end(text, messages[-1]["content"]) if continue_final else text
+
+
+def _without_turn_end(text: str, final_content: str) -> str:
+    """Cuts what the template wrote after the last message, so that the model goes on inside it."""
+    final_content = final_content.strip()
+    end = text.rfind(final_content) + len(final_content)
+    if not final_content or end < len(final_content):
+        raise _refuse("continue_final_message", "needs a last message that the chat template shows as it is")
+    return text[:end]

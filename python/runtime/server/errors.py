@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from runtime.request_builder import RequestRefused
+from runtime.request_builder import RequestError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {
@@ -18,7 +18,13 @@ class ApiError(Exception):
     """Becomes an HTTP answer. ``code`` is stable: clients may switch on it; ``message`` is for people."""
 
     def __init__(
-        self, status: int, message: str, *, code: str | None = None, param: str | None = None, headers: dict | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -28,7 +34,7 @@ class ApiError(Exception):
         self.headers = headers or {}
 
     @classmethod
-    def from_refusal(cls, refusal: RequestRefused) -> ApiError:
+    def from_refusal(cls, refusal: RequestError) -> ApiError:
         headers = {} if refusal.retry_after_s is None else {"retry-after": str(refusal.retry_after_s)}
         return cls(refusal.status, refusal.message, code=refusal.code, param=refusal.param, headers=headers)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from starlette.requests import ClientDisconnect
 
-from runtime.request_builder import RequestRefused
+from runtime.request_builder import RequestError
 from runtime.server.errors import ApiError
 
 logger = logging.getLogger("partita.server")
@@ -72,7 +72,7 @@ class Guard:
         except ApiError as error:
             if status == 0:
                 await error.send(send_with_id)
-        except RequestRefused as refusal:
+        except RequestError as refusal:
             if status == 0:
                 await ApiError.from_refusal(refusal).send(send_with_id)
         except ClientDisconnect:
@@ -92,7 +92,9 @@ class Guard:
             host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1").lower())
             if host not in self._allowed_hosts and not is_loopback(host):
                 raise ApiError(
-                    403, f"The Host header {host[:200]!r} is not served here; see --allowed-hosts.", code="host_not_allowed"
+                    403,
+                    f"The Host header {host[:200]!r} is not served here; see --allowed-hosts.",
+                    code="host_not_allowed",
                 )
         if self._key_digests and scope["path"] not in OPEN_PATHS:
             self._check_key(headers)

@@ -29,7 +29,9 @@ def chat_logprobs(tokenizer, entries: Sequence[TokenLogprobs], num_top: int) -> 
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(tokenizer, entries: Sequence[TokenLogprobs], num_top: int, text_offset: int) -> tuple[dict, int]:
+def completion_logprobs(
+    tokenizer, entries: Sequence[TokenLogprobs], num_top: int, text_offset: int
+) -> tuple[dict, int]:
     """``{"tokens", "token_logprobs", "top_logprobs", "text_offset"}`` and the offset after them, in characters.
 
     ``top_logprobs`` holds the sampled token too, as OpenAI's does, whether or not it is among the most likely.
@@ -37,7 +39,10 @@ def completion_logprobs(tokenizer, entries: Sequence[TokenLogprobs], num_top: in
     tokens, token_logprobs, top_logprobs, offsets = [], [], [], []
     for entry in entries:
         text, _ = _token_text(tokenizer, entry.token_id)
-        top = {_token_text(tokenizer, token_id)[0]: max(logprob, FLOOR) for token_id, logprob in reversed(entry.top[:num_top])}
+        top = {
+            _token_text(tokenizer, token_id)[0]: max(logprob, FLOOR)
+            for token_id, logprob in reversed(entry.top[:num_top])
+        }
         top.setdefault(text, max(entry.logprob, FLOOR))
         tokens.append(text)
         token_logprobs.append(max(entry.logprob, FLOOR))

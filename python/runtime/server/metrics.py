@@ -63,8 +63,12 @@ class Metrics(Observer):
         )
         self._success = {reason: success.labels(model_name, "0", reason) for reason in _FINISH_REASONS}
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT)
-        self._itl = histogram("inter_token_latency_seconds", "Between one step's tokens of a request and the next's.", _ITL)
-        self._tpot = histogram("request_time_per_output_token_seconds", "Mean of a request after its first token.", _ITL)
+        self._itl = histogram(
+            "inter_token_latency_seconds", "Between one step's tokens of a request and the next's.", _ITL
+        )
+        self._tpot = histogram(
+            "request_time_per_output_token_seconds", "Mean of a request after its first token.", _ITL
+        )
         self._e2e = histogram("e2e_request_latency_seconds", "Arrival to end.", _REQUEST)
         self._queue = histogram("request_queue_time_seconds", "Arrival to first scheduling.", _REQUEST)
         self._prefill = histogram("request_prefill_time_seconds", "First scheduling to first token.", _REQUEST)
@@ -73,7 +77,9 @@ class Metrics(Observer):
         self._request_prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", lengths)
         self._request_generation = histogram("request_generation_tokens", "Generated tokens of a request.", lengths)
         self._request_max_tokens = histogram("request_params_max_tokens", "max_tokens of a request.", lengths)
-        self._step_tokens = histogram("iteration_tokens_total", "Prompt and generated tokens that one step ended.", _STEP_TOKENS)
+        self._step_tokens = histogram(
+            "iteration_tokens_total", "Prompt and generated tokens that one step ended.", _STEP_TOKENS
+        )
         registry.register(_EngineGauges(self.front, model_name))
         self._registry = registry
 
@@ -147,11 +153,15 @@ class _EngineGauges:
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
         yield family(gauge, "num_requests_running", "Requests that hold pages.", stats.get("num_requests_running", 0))
         yield family(gauge, "num_requests_waiting", "Requests in the queue.", stats.get("num_requests_waiting", 0))
-        yield family(gauge, "kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", stats.get("kv_cache_usage", 0.0))
-        yield family(gauge, "gpu_cache_usage_perc", "The former name of kv_cache_usage_perc.", stats.get("kv_cache_usage", 0.0))
-        yield family(counter, "num_preemptions", "Requests that gave their pages back.", stats.get("num_preemptions", 0))
+        yield family(
+            gauge, "kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", stats.get("kv_cache_usage", 0.0)
+        )
+        yield family(
+            gauge, "gpu_cache_usage_perc", "The former name of kv_cache_usage_perc.", stats.get("kv_cache_usage", 0.0)
+        )
+        yield family(
+            counter, "num_preemptions", "Requests that gave their pages back.", stats.get("num_preemptions", 0)
+        )
         yield family(counter, "prefix_cache_queries", "Prompt tokens looked up.", stats.get("prefix_queries", 0))
         yield family(counter, "prefix_cache_hits", "Prompt tokens found.", stats.get("prefix_hits", 0))
         yield family(counter, "engine_steps", "Steps executed.", stats.get("steps", 0))
-
-

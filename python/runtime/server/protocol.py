@@ -147,7 +147,9 @@ class SamplingRequest(BaseModel):
         if self.cache_salt is not None and not 1 <= len(self.cache_salt) <= 1024:
             raise ApiError(400, "cache_salt must have 1 to 1024 characters.", code="invalid_value", param="cache_salt")
         if self.priority is not None and not -(2**31) <= self.priority < 2**31:
-            raise ApiError(400, f"priority must be a 32-bit integer, got {self.priority}.", code="invalid_value", param="priority")
+            raise ApiError(
+                400, f"priority must be a 32-bit integer, got {self.priority}.", code="invalid_value", param="priority"
+            )
 
 
 class CompletionRequest(SamplingRequest):
@@ -172,7 +174,10 @@ class CompletionRequest(SamplingRequest):
             raise ApiError(400, "prompt is empty: at least one token is needed.", code="empty_prompt", param="prompt")
         if len(prompt) > MAX_PROMPTS:
             raise ApiError(
-                400, f"prompt must hold at most {MAX_PROMPTS} prompts, got {len(prompt)}.", code="invalid_value", param="prompt"
+                400,
+                f"prompt must hold at most {MAX_PROMPTS} prompts, got {len(prompt)}.",
+                code="invalid_value",
+                param="prompt",
             )
         return prompt
 
@@ -193,7 +198,9 @@ class ChatCompletionRequest(SamplingRequest):
             return None
         top = self.top_logprobs or 0
         if not 0 <= top <= 20:
-            raise ApiError(400, f"top_logprobs must be between 0 and 20, got {top}.", code="invalid_value", param="top_logprobs")
+            raise ApiError(
+                400, f"top_logprobs must be between 0 and 20, got {top}.", code="invalid_value", param="top_logprobs"
+            )
         return top
 
     def wanted_max_tokens(self) -> int | None:
@@ -225,7 +232,10 @@ def read_request(kind: type[BaseModel], fields: dict[str, Any]):
             raise ApiError(400, f"{name} is not supported.", code="unsupported_parameter", param=name)
     if fields.get("tools") and fields.get("tool_choice") != "none":
         raise ApiError(
-            400, "tools are not supported; leave them out or send tool_choice: none.", code="unsupported_parameter", param="tools"
+            400,
+            "tools are not supported; leave them out or send tool_choice: none.",
+            code="unsupported_parameter",
+            param="tools",
         )
     try:
         return kind.model_validate(fields)
@@ -242,7 +252,9 @@ def _as_api_error(error: ValidationError) -> ApiError:
     same_field = [detail for detail in details if detail["loc"][:1] == first["loc"][:1]]
     # A field of several forms reports each form's complaint; positions inside it are ints, names of forms are text.
     complaints = dict.fromkeys(_lowered(detail["msg"]) for detail in same_field)
-    param = ".".join([field, *(str(part) for part in first["loc"][1:] if isinstance(part, int) or len(same_field) == 1)])
+    param = ".".join(
+        [field, *(str(part) for part in first["loc"][1:] if isinstance(part, int) or len(same_field) == 1)]
+    )
     shown = repr(first["input"])
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     return ApiError(400, f"{param}: {' or '.join(complaints)}, got {shown}.", code="invalid_type", param=param)
