@@ -11,8 +11,9 @@ Legend of lengths (positions, all in tokens; each counter is the end of a half-o
     num_expected_tokens  num_known + one per plan in flight that samples: these positions exist, values may not be here
     max_num_tokens       prompt + max_tokens; the last of them never needs KV
 
-Computed tokens catch up with known tokens: a plan takes [next_start, next_start + n), n <= num_expected - next_start, and
-samples when it reaches num_expected. Prefill, decode, chunk and resume are this one rule at different gaps.
+Computed tokens catch up with known tokens: a plan takes [next_start, next_start + n), n <= num_expected -
+next_start, and samples when it reaches num_expected. Prefill, decode, chunk and resume are this one rule at
+different gaps.
 """
 
 from __future__ import annotations
