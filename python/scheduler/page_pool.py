@@ -62,7 +62,7 @@ class PagePool:
         return self._num_holders[page_id] == 0
 
     def check_integrity(self, expected_holders: Mapping[int, int]) -> None:
-        """Every page is free or held by exactly the expected number of holders. Raises AssertionError naming the page."""
+        """Every page is free, or held by exactly the expected number. Raises AssertionError naming the page."""
         free = set(self._free)
         if len(free) != len(self._free):
             raise AssertionError("a page is twice in the free list")

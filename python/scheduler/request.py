@@ -43,7 +43,8 @@ class Request:
     priority          lower runs first
     arrival_s         the order among equals of priority, on the clock of `now`
     namespace         prefix-cache namespace (adapter, salt, media): only equal ones share pages
-    page_keys         supplied keys of the prompt's full pages (a trace's hash ids); None: the tokens are the key
+    page_keys         supplied keys of the prompt's full pages, one per page of page_size tokens (from a trace's hash
+                      ids, whose token values nobody knows); None: the tokens are the key
     ttft_s, tpot_s, deadline_s, user    service levels, read by policies; the default policy ignores them
 
     Raises ValueError for a value out of range, TypeError for a prompt that is not a sequence.

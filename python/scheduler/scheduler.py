@@ -19,6 +19,7 @@ Single-threaded: the engine's thread calls everything here.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from scheduler.composer import Composer, Composition
@@ -32,6 +33,7 @@ from scheduler.step import (
     AbortRequest,
     Admission,
     Arrival,
+    CopyDone,
     Event,
     LaneFinished,
     LanePlan,
@@ -39,6 +41,7 @@ from scheduler.step import (
     PageCopy,
     PageTableReset,
     ScheduledRequest,
+    Timer,
     TokenOutput,
 )
 
@@ -98,15 +101,16 @@ class Scheduler:
         now is the driver's clock in seconds, real or virtual. Raises ValueError for a result of a plan that is not the
         oldest in flight on its lane, and for a request id that is still in use; nothing has changed then.
         """
-        if isinstance(event, LaneFinished):
-            self._land(event.result)
-        elif isinstance(event, Arrival):
-            self._arrive(event.request)
-        elif isinstance(event, AbortRequest):
-            request = self._requests.get(event.request_id)
-            if request is not None:  # else it ended while the abort was on its way
-                self._finish(request, event.reason)
-        # CopyDone and Timer change nothing by themselves: they wake the planner.
+        self._take(event)
+        return self._plan_lanes(now)
+
+    def on_events(self, events: Iterable[Event], now: float) -> list[LanePlan]:
+        """Several events that are due at once, then one round of planning: requests arriving together start together.
+
+        If an event is refused (see on_event), those before it have been taken, it and those after it have not.
+        """
+        for event in events:
+            self._take(event)
         return self._plan_lanes(now)
 
     def take_outputs(self) -> list[TokenOutput]:
@@ -169,6 +173,18 @@ class Scheduler:
                 raise AssertionError(f"{request!r}: {count} plans in flight name it")
 
     # Events
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, LaneFinished):
+            self._land(event.result)
+        elif isinstance(event, Arrival):
+            self._arrive(event.request)
+        elif isinstance(event, AbortRequest):
+            request = self._requests.get(event.request_id)
+            if request is not None:  # else it ended while the abort was on its way
+                self._finish(request, event.reason)
+        elif not isinstance(event, (CopyDone, Timer)):  # those change nothing by themselves: they wake the planner
+            raise TypeError(f"Scheduler: got event {type(event).__name__}, wanted one of scheduler.step.Event")
 
     def _arrive(self, request: Request) -> None:
         if request.request_id in self._requests:

@@ -89,6 +89,19 @@ def test_budget_and_chunk_size_never_change_an_answer(budget, max_prefill_chunk)
         assert any(len(plan.requests) > 1 and plan.num_tokens == 7 for plan in checked.plans)
 
 
+def test_requests_that_arrive_together_start_together():
+    scheduler = Scheduler(config_with(max_num_batched_tokens=64))
+    events = [Arrival(request(request_id, first=30 * index)) for index, request_id in enumerate("abc")]
+    first, second = scheduler.on_events(events, 0.0)
+    assert shares(first) == {"a": (0, 6), "b": (0, 6), "c": (0, 6)}
+    assert shares(second) == {"a": (6, 1), "b": (6, 1), "c": (6, 1)}
+
+
+def test_an_event_of_a_foreign_type_is_refused():
+    with pytest.raises(TypeError, match="got event str"):
+        Scheduler(CONFIG).on_event("arrival", 0.0)
+
+
 def test_a_lower_priority_value_overtakes_the_queue_and_equals_keep_their_order():
     checked = CheckedScheduler(config_with(max_num_seqs=1, max_plans_in_flight=1))
     for index, (request_id, priority) in enumerate([("a", 0), ("b", 1), ("c", 1), ("d", 0)]):
@@ -435,6 +448,16 @@ def test_a_request_alone_whose_pages_have_cached_twins_recomputes_rather_than_ha
     checked.run_until_idle()
     checked.check_answers()
     assert checked.requests["b"].num_preemptions == 1
+
+
+def test_a_trace_supplies_page_keys_and_no_token_values():
+    checked = CheckedScheduler(config_with(max_num_batched_tokens=64, num_pages=64))
+    checked.arrive(Request("a", range(14), 2, page_keys=(7, 8, 9)))
+    checked.run_until_idle()
+    plan = checked.arrive(Request("b", range(18), 2, page_keys=(7, 8, 5, 6)))[0]
+    assert shares(plan) == {"b": (8, 10)} and plan.copies == ()
+    checked.run_until_idle()
+    assert checked.scheduler.stats().num_prefix_hit_tokens == 8
 
 
 # Lanes
