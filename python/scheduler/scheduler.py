@@ -227,7 +227,7 @@ class Scheduler:
 
         token_of = dict(result.sampled)
         why_failed = dict(result.failed)
-        pages, outputs = self._pages, self._outputs
+        pages, outputs, frees_windows = self._pages, self._outputs, self._pages.frees_windows
         for request, (request_id, _, _, num_tokens, _, samples) in zip(
             flight.requests, flight.plan.requests, strict=True
         ):
@@ -237,7 +237,7 @@ class Scheduler:
                     self._drained(request)
                 continue
             token_id = token_of.get(request_id, MISSING) if samples else 0
-            if token_id < 0 or request_id in why_failed:
+            if token_id < 0 or (why_failed and request_id in why_failed):
                 # Its KV is not to be trusted: nothing of this chunk is counted or published.
                 missing = (
                     "the lane's result names no token for it" if token_id == MISSING else "the logits were not finite"
@@ -248,7 +248,7 @@ class Scheduler:
             num_computed = request.num_computed_tokens = request.num_computed_tokens + num_tokens
             if num_computed >= request.publish_at:
                 pages.publish(request)
-            if pages.frees_windows:
+            if frees_windows:
                 pages.release_outside_windows(request)
 
             if samples:
