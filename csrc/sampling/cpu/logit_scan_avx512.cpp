@@ -1,0 +1,8 @@
+#include "sampling/cpu/logit_scan_body.h"
+#include "sampling/cpu/logit_scans.h"
+
+namespace partita {
+
+const LogitScan kLogitScanAvx512 = {stripe_maxima, stripe_weights, collect_at_least, count_greater};
+
+}  // namespace partita
