@@ -62,6 +62,7 @@ class Checkpoint:
     tokenizer_source: TokenizerSource
     chat_template: str | None
     generation_config: dict[str, Any]
+    mappings: tuple[mmap.mmap, ...] = ()  # of the weight files
     norm_offset: float = 0.0  # Hugging Face's Gemma files hold w where the norm multiplies by 1 + w
     mappings: tuple[mmap.mmap, ...] = ()
 
@@ -82,6 +83,12 @@ class Checkpoint:
         if self.norm_offset and name.endswith("_norm"):
             values = values + np.float32(self.norm_offset)
         return np.ascontiguousarray(values)
+
+    def release_pages(self) -> None:
+        """Gives the files' cached pages back to the system: what is read later is read from disk again."""
+        for mapping in self.mappings:
+            if len(mapping) and hasattr(mmap, "MADV_DONTNEED"):
+                mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
