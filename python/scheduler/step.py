@@ -1,31 +1,57 @@
 """The contract between the scheduler and whatever runs its plans (the engine or the simulator).
 
-A plan names rows and token ranges, never the value of a token that is still in flight.
+A plan names rows and token ranges, never the value of a token that is still in flight: the runner keeps, per row, the
+tokens it was given at admission followed by those it sampled, and reads its inputs there.
+
+What a runner does with a LanePlan, in this order:
+
+    1 admissions   write the row's known tokens and sampling state anew; the row may have belonged to another request
+    2 resets       the row's page table becomes exactly these pages (one reset per admission, same row)
+    3 new_pages    append each scheduled request's new pages to its row's page table
+    4 copies       copy whole pages, source to target, before the plan's first node
+    5 nodes        compute tokens [start, start + num_tokens) of each row; where `samples`, sample one token and append
+                   it to the row, so that the next plan, which may already be queued, finds it
+    6 result       LaneFinished(LaneResult) with one (request_id, token id) for every request that samples
+
+Plans of one lane run in the order of their plan_id; results come back in that order. Lanes are independent. A
+request is in flight on one lane at a time. The scheduler may have dropped a request (abort, stop id) whose plan is
+still queued: the runner runs it all the same; what it yields is ignored. Entries of a windowed KV group's page
+table that lie wholly before the window may have been given to others: an attention kernel never reads them.
+
+ScheduledRequest and TokenOutput are named tuples, not dataclasses: one of each is made per request and step, and a
+tuple is built several times faster than a frozen dataclass.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from scheduler.request import Request
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """One request's share of a plan: tokens [start, start + num_tokens) of its row are computed."""
 
     request_id: str
-    row: int  # permanent index in native state
+    row: int  # index in native state, the request's own from admission until nothing in flight names it
     start: int  # absolute position of the first scheduled token; all before it are computed or in flight
     num_tokens: int
     new_pages: tuple[tuple[int, ...], ...]  # per KV group: page ids to append to the row's page table
-    samples: bool  # the last scheduled token is the last known one: sample the next token
+    samples: bool  # the last scheduled token is the last one known or in flight: sample the next token
 
 
 @dataclass(frozen=True, slots=True)
-class PageCopy:
-    """Copy-on-write: the runner copies the page's bytes before the plan's first node."""
+class Admission:
+    """The row begins (or resumes, after preemption) the life of this request. All of its tokens are known here."""
 
-    source_page: int
-    target_page: int
+    request_id: str
+    row: int
+    token_ids: Sequence[int]  # prompt, then what was generated before a preemption
+    num_prompt_tokens: int
+    num_computed_tokens: int  # whose KV the row's pages hold already (prefix-cache hit and copied part of a page)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +63,16 @@ class PageTableReset:
 
 
 @dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copy-on-write: the runner copies the page's bytes before the plan's first node."""
+
+    source_page: int
+    target_page: int
+
+
+@dataclass(frozen=True, slots=True)
 class LanePlan:
-    """Work for one idle lane. Immutable; executed once."""
+    """Work for one lane. Immutable; executed once."""
 
     plan_id: int
     lane: int
@@ -46,6 +80,7 @@ class LanePlan:
     program: str  # "step"
     node_range: tuple[int, int] | None  # None: the whole program
     requests: tuple[ScheduledRequest, ...]
+    admissions: tuple[Admission, ...] = ()
     resets: tuple[PageTableReset, ...] = ()
     copies: tuple[PageCopy, ...] = ()
 
@@ -69,7 +104,7 @@ class LaneResult:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    request: object  # scheduler.request.Request
+    request: Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +120,8 @@ class LaneFinished:
 
 @dataclass(frozen=True, slots=True)
 class CopyDone:
+    """A copy that no plan carries has ended. Plans carry all copies today, so this only wakes the planner."""
+
     copy_id: int
 
 
@@ -93,14 +130,16 @@ class Timer:
     name: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenOutput:
-    """Scheduler -> engine, after update(): what happened to a request that the user must hear of."""
+Event = Arrival | AbortRequest | LaneFinished | CopyDone | Timer
+
+
+class TokenOutput(NamedTuple):
+    """Scheduler -> engine, from take_outputs(): what happened to a request that the user must hear of."""
 
     request_id: str
     token_ids: tuple[int, ...] = ()
-    finish_reason: str | None = None
-    stop_token_id: int | None = None
-    num_cached_tokens: int = 0
-    error: str | None = None
-    first_scheduled: float | None = field(default=None)
+    finish_reason: str | None = None  # "stop" | "length" | "error" | the reason of an abort
+    stop_token_id: int | None = None  # the stop token that ended it (also last of token_ids)
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    error: str | None = None  # with finish_reason "error": why
+    first_scheduled: float | None = None  # the clock when it was first in a plan; on the request's first output

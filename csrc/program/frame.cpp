@@ -1,0 +1,126 @@
+#include "program/frame.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "core/check.h"
+
+namespace partita {
+
+Frame::Frame(std::shared_ptr<const Program> program, std::shared_ptr<KvArena> arena, std::shared_ptr<RowStore> rows,
+             int64_t max_tokens, int64_t max_logit_rows)
+    : program_(std::move(program)),
+      arena_(std::move(arena)),
+      row_store_(std::move(rows)),
+      max_tokens_(max_tokens),
+      max_logit_rows_(max_logit_rows) {
+  PARTITA_CHECK(program_ && program_->is_sealed(), "program: got one that is not sealed");
+  PARTITA_CHECK(max_tokens > 0, "max_tokens: got ", max_tokens, ", wanted a positive number");
+  PARTITA_CHECK(max_logit_rows > 0, "max_logit_rows: got ", max_logit_rows, ", wanted a positive number");
+  for (const BufferSpec& spec : program_->buffers())
+    buffers_.emplace_back(spec.row_bytes * (spec.rows == RowKind::kToken ? max_tokens_ : max_logit_rows_));
+  const size_t num_groups = arena_->groups().size();
+  page_tables_.resize(num_groups);
+  attention_batches_.resize(num_groups);
+  attention_plans_.resize(program_->attention_plans().size());
+  attention_workspaces_.resize(attention_plans_.size());
+  for (const ProgramAttention& plan : program_->attention_plans())
+    PARTITA_CHECK(plan.group >= 0 && plan.group < static_cast<int>(num_groups), "program: attends in KV group ",
+                  plan.group, ", the arena has ", num_groups);
+}
+
+void Frame::clear_step() {
+  shape_ = StepShape{};
+  step_rows_.clear();
+  copies_.clear();
+  input_embeddings_.clear();
+  token_rows_.clear();
+  token_positions_.clear();
+  logit_tokens_.clear();
+  cu_seqlens_q_.clear();
+  context_starts_.clear();
+}
+
+void Frame::prepare(const std::vector<StepRow>& step_rows, const std::vector<PageCopyPair>& copies, bool score_all) {
+  PARTITA_CHECK(!is_busy.load(), "frame: prepare() while a submitted range is not finished");
+  clear_step();
+  score_all_ = score_all;
+  const int page_size = arena_->page_size();
+  cu_seqlens_q_.push_back(0);
+  for (size_t i = 0; i < step_rows.size(); ++i) {
+    const StepRow& step_row = step_rows[i];
+    auto fail = [&](auto&&... parts) {
+      clear_step();
+      throw_value_error("rows[", i, "]: ", parts...);
+    };
+    if (step_row.row < 0 || step_row.row >= row_store_->num_rows())
+      fail("got row ", step_row.row, ", wanted 0 to ", row_store_->num_rows() - 1);
+    const int64_t end = static_cast<int64_t>(step_row.start) + step_row.num_tokens;
+    if (step_row.start < 0 || step_row.num_tokens <= 0 || end > row_store_->max_tokens())
+      fail("got tokens ", step_row.start, " to ", end, ", wanted a range within 0 to ", row_store_->max_tokens());
+    for (size_t group = 0; group < page_tables_.size(); ++group)
+      if (end > row_store_->num_pages(step_row.row, static_cast<int>(group)) * page_size)
+        fail("tokens up to ", end, " are scheduled, its ",
+             row_store_->num_pages(step_row.row, static_cast<int>(group)), " pages of KV group ", group, " hold fewer");
+    for (int32_t t = 0; t < step_row.num_tokens; ++t) {
+      token_rows_.push_back(step_row.row);
+      token_positions_.push_back(step_row.start + t);
+    }
+    const int32_t num_tokens = static_cast<int32_t>(token_rows_.size());
+    if (score_all)
+      for (int32_t t = num_tokens - step_row.num_tokens; t < num_tokens; ++t) logit_tokens_.push_back(t);
+    else if (step_row.samples)
+      logit_tokens_.push_back(num_tokens - 1);
+    cu_seqlens_q_.push_back(num_tokens);
+    context_starts_.push_back(step_row.start);
+  }
+  const int64_t num_tokens = static_cast<int64_t>(token_rows_.size());
+  const int64_t num_logit_rows = static_cast<int64_t>(logit_tokens_.size());
+  if (num_tokens == 0 || num_tokens > max_tokens_ || num_logit_rows > max_logit_rows_) {
+    clear_step();
+    throw_value_error("rows: got ", num_tokens, " tokens and ", num_logit_rows, " logit rows, wanted 1 to ", max_tokens_,
+                      " and at most ", max_logit_rows_);
+  }
+  step_rows_ = step_rows;
+  copies_ = copies;
+  shape_.num_tokens = num_tokens;
+  shape_.num_requests = static_cast<int64_t>(step_rows.size());
+  shape_.num_logit_rows = num_logit_rows;
+  sampled_.resize(std::max<size_t>(sampled_.size(), num_logit_rows));
+  scores_.resize(std::max<size_t>(scores_.size(), num_logit_rows));
+
+  for (size_t group = 0; group < page_tables_.size(); ++group) {
+    page_tables_[group].clear();
+    for (const StepRow& step_row : step_rows)
+      page_tables_[group].push_back(row_store_->page_table(step_row.row, static_cast<int>(group)));
+    AttentionBatch& batch = attention_batches_[group];
+    batch.num_tokens = num_tokens;
+    batch.num_requests = static_cast<int>(step_rows.size());
+    batch.cu_seqlens_q = cu_seqlens_q_.data();
+    batch.context_starts = context_starts_.data();
+    batch.page_tables = page_tables_[group].data();
+    batch.arena = arena_->data();
+    batch.arena_page_bytes = arena_->page_bytes();
+  }
+  for (size_t i = 0; i < attention_plans_.size(); ++i) {
+    const ProgramAttention& wanted = program_->attention_plans()[i];
+    AttentionPlan& plan = attention_plans_[i];
+    plan.build(arena_->groups()[wanted.group], wanted.num_q_heads, attention_batches_[wanted.group]);
+    shape_.score_pairs = std::max(shape_.score_pairs, plan.score_pairs());
+    if (attention_workspaces_[i].bytes() < plan.workspace_bytes()) {
+      attention_workspaces_[i] = AlignedBuffer(plan.workspace_bytes());
+      // Split counters start at zero; each attend leaves them so.
+      std::memset(attention_workspaces_[i].data(), 0, attention_workspaces_[i].bytes());
+    }
+  }
+  set_cursor(0);
+}
+
+void Frame::set_input_embeddings(const float* embeddings, int64_t num_tokens, int64_t hidden_size) {
+  PARTITA_CHECK(num_tokens == shape_.num_tokens, "input_embeddings: got ", num_tokens, " rows, wanted ",
+                shape_.num_tokens, " (the step's tokens)");
+  input_embeddings_.assign(embeddings, embeddings + num_tokens * hidden_size);
+}
+
+}  // namespace partita

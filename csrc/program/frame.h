@@ -1,0 +1,109 @@
+// Everything one run of a program owns: inputs, activations, plans, results, and where it stands.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "attention/attention_plan.h"
+#include "core/aligned_buffer.h"
+#include "program/kv_arena.h"
+#include "program/program.h"
+#include "program/row_store.h"
+
+namespace partita {
+
+// One request's share of a step: tokens [start, start + num_tokens) of its row.
+struct StepRow {
+  int32_t row = 0;
+  int32_t start = 0;
+  int32_t num_tokens = 0;
+  bool samples = false;  // a token follows the last scheduled one
+};
+
+struct PageCopyPair {
+  int32_t source = 0;
+  int32_t target = 0;
+};
+
+class Frame {
+ public:
+  // Buffers are sized for max_tokens rows and max_logit_rows logit rows; memory is touched when used.
+  Frame(std::shared_ptr<const Program> program, std::shared_ptr<KvArena> arena, std::shared_ptr<RowStore> rows,
+        int64_t max_tokens, int64_t max_logit_rows);
+
+  // Sets the step's inputs and puts the cursor at the first node. Logits are computed for the last scheduled token of
+  // each sampling row, or, with score_all, for every scheduled token but no sampling.
+  // Throws ValueError on bad rows or sizes; then the frame holds no step. Must not be called while a range runs.
+  void prepare(const std::vector<StepRow>& step_rows, const std::vector<PageCopyPair>& copies, bool score_all);
+  // Replaces the embedding lookup of this step.  [T, H] fp32, copied.
+  void set_input_embeddings(const float* embeddings, int64_t num_tokens, int64_t hidden_size);
+
+  const Program& program() const { return *program_; }
+  const std::shared_ptr<const Program>& shared_program() const { return program_; }
+  const KvArena& arena() const { return *arena_; }
+  RowStore& row_store() const { return *row_store_; }
+  const StepShape& shape() const { return shape_; }
+  int64_t max_tokens() const { return max_tokens_; }
+  int64_t max_logit_rows() const { return max_logit_rows_; }
+
+  int64_t num_tokens() const { return shape_.num_tokens; }
+  int64_t num_requests() const { return shape_.num_requests; }
+  int64_t num_logit_rows() const { return shape_.num_logit_rows; }
+  const std::vector<StepRow>& step_rows() const { return step_rows_; }
+  const std::vector<PageCopyPair>& copies() const { return copies_; }
+  bool scores_all() const { return score_all_; }
+  const float* input_embeddings() const { return input_embeddings_.empty() ? nullptr : input_embeddings_.data(); }
+
+  const int32_t* token_rows() const { return token_rows_.data(); }            // [T] row of each token
+  const int32_t* token_positions() const { return token_positions_.data(); }  // [T]
+  const int32_t* logit_tokens() const { return logit_tokens_.data(); }        // [S] token row of each logit row
+
+  std::byte* buffer(BufferId id) const { return buffers_[id].data(); }
+  template <typename T>
+  T* buffer_as(BufferId id) const {
+    return buffers_[id].as<T>();
+  }
+  const AttentionBatch& attention_batch(int group) const { return attention_batches_[group]; }
+  const AttentionPlan& attention_plan(int plan) const { return attention_plans_[plan]; }
+  std::byte* attention_workspace(int plan) const { return attention_workspaces_[plan].data(); }
+
+  // Results of the sampling nodes.
+  SampledToken& sampled(int64_t logit_row) { return sampled_[logit_row]; }
+  const std::vector<SampledToken>& sampled() const { return sampled_; }
+  float& score(int64_t logit_row) { return scores_[logit_row]; }
+  const std::vector<float>& scores() const { return scores_; }
+
+  int cursor() const { return cursor_.load(std::memory_order_acquire); }  // next node to run
+  void set_cursor(int node) { cursor_.store(node, std::memory_order_release); }
+  // A range is running or queued; prepare() and a second submit are refused meanwhile.
+  std::atomic<bool> is_busy{false};
+
+ private:
+  void clear_step();
+
+  std::shared_ptr<const Program> program_;
+  std::shared_ptr<KvArena> arena_;
+  std::shared_ptr<RowStore> row_store_;
+  int64_t max_tokens_;
+  int64_t max_logit_rows_;
+
+  StepShape shape_;
+  bool score_all_ = false;
+  std::vector<StepRow> step_rows_;
+  std::vector<PageCopyPair> copies_;
+  std::vector<float> input_embeddings_;
+  std::vector<int32_t> token_rows_, token_positions_, logit_tokens_;
+  std::vector<int32_t> cu_seqlens_q_, context_starts_;         // [R + 1], [R]
+  std::vector<std::vector<const int32_t*>> page_tables_;       // [groups][R]
+  std::vector<AttentionBatch> attention_batches_;              // [groups]
+  std::vector<AttentionPlan> attention_plans_;                 // as in Program::attention_plans
+  std::vector<AlignedBuffer> attention_workspaces_;
+  std::vector<AlignedBuffer> buffers_;                         // as in Program::buffers
+  std::vector<SampledToken> sampled_;                          // [S]
+  std::vector<float> scores_;                                  // [S]
+  std::atomic<int> cursor_{0};
+};
+
+}  // namespace partita

@@ -1,0 +1,39 @@
+// The bytes of all KV pages: one arena for every KV group, every lane. Which page belongs to whom is
+// the scheduler's business (scheduler/page_pool.py).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "attention/attention.h"
+
+namespace partita {
+
+class KvArena {
+ public:
+  // Reserves address space only; a page costs memory once it is written. Throws ValueError on a bad layout
+  // or page count and RuntimeError when the address space cannot be had.
+  KvArena(std::vector<KvGroupLayout> groups, int64_t num_pages);
+  ~KvArena();
+  KvArena(const KvArena&) = delete;
+  KvArena& operator=(const KvArena&) = delete;
+
+  const std::vector<KvGroupLayout>& groups() const { return groups_; }
+  int64_t num_pages() const { return num_pages_; }
+  int page_size() const { return groups_[0].page_size; }
+  size_t page_bytes() const { return page_bytes_; }  // of the widest group, a multiple of 64
+  std::byte* data() const { return data_; }
+  std::byte* page(int64_t page_id) const { return data_ + page_id * page_bytes_; }
+  void copy_page(int64_t source, int64_t target) const;
+  // Gives the memory of all pages back to the system; their contents are lost.
+  void release_memory();
+
+ private:
+  std::vector<KvGroupLayout> groups_;
+  int64_t num_pages_;
+  size_t page_bytes_ = 0;
+  std::byte* data_ = nullptr;
+};
+
+}  // namespace partita

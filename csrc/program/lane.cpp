@@ -1,0 +1,295 @@
+#include "program/lane.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <time.h>
+
+#include <algorithm>
+#include <chrono>
+#include <exception>
+#include <utility>
+
+#include "core/check.h"
+#include "program/futex.h"
+
+namespace partita {
+namespace {
+
+int64_t monotonic_ns() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+// Between stages the next one opens within microseconds, so a worker spins for about 20 us (a pause is some 40 ns);
+// a sleep costs about 50 us to wake from. Between ranges the engine thread answers within some 100 us.
+constexpr int kStageSpins = 512;
+constexpr int kQueueSpins = 2048;
+
+constexpr uint32_t kFinished = 0xffffffffu;
+
+// A phase of a node, with the counters its workers share. Each counter has a cache line of its own.
+struct alignas(64) Stage {
+  const Op* op = nullptr;
+  int node = 0;
+  int phase = 0;
+  int64_t num_chunks = 0;
+  bool begins_node = false;
+  alignas(64) std::atomic<int64_t> next_chunk{0};
+  alignas(64) std::atomic<int64_t> num_done{0};
+};
+
+}  // namespace
+
+void CompletionQueue::push(Completion completion) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    completions_.push_back(std::move(completion));
+  }
+  arrived_.notify_one();
+}
+
+void CompletionQueue::notify() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    was_notified_ = true;
+  }
+  arrived_.notify_one();
+}
+
+std::vector<Completion> CompletionQueue::wait_any(double timeout_s) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  const auto is_ready = [this] { return was_notified_ || !completions_.empty(); };
+  if (timeout_s < 0)
+    arrived_.wait(lock, is_ready);
+  else
+    arrived_.wait_for(lock, std::chrono::duration<double>(timeout_s), is_ready);
+  was_notified_ = false;
+  std::vector<Completion> taken;
+  taken.swap(completions_);
+  return taken;
+}
+
+class LaneExecution {
+ public:
+  LaneExecution(uint64_t ticket, std::shared_ptr<Frame> frame, int first, int last, bool is_traced)
+      : ticket(ticket), frame(std::move(frame)), first(first), last(last), is_traced(is_traced) {}
+
+  // Sizes come from the frame, whose step is complete by now; done by the first worker that arrives.
+  void open() {
+    const auto& nodes = frame->program().nodes();
+    size_t num_stages = 0;
+    for (int node = first; node < last; ++node) num_stages += nodes[node].op->num_phases();
+    stages = std::vector<Stage>(num_stages);
+    size_t stage_idx = 0;
+    for (int node = first; node < last; ++node)
+      for (int phase = 0; phase < nodes[node].op->num_phases(); ++phase) {
+        Stage& stage = stages[stage_idx++];
+        stage.op = nodes[node].op.get();
+        stage.node = node;
+        stage.phase = phase;
+        stage.begins_node = phase == 0;
+        stage.num_chunks = stage.op->num_chunks(*frame, phase);
+      }
+    start_ns = monotonic_ns();
+    if (is_traced) spans.reserve(last - first);
+  }
+
+  // Opens the stage that follows `stage_idx` (-1: the first), skipping empty ones, or finishes the range.
+  // Called by exactly one worker at a time. Returns true when the range is finished.
+  bool advance(int stage_idx) {
+    int next = stage_idx + 1;
+    const int num_stages = static_cast<int>(stages.size());
+    const int64_t now = is_traced ? monotonic_ns() : 0;
+    if (is_traced && stage_idx >= 0) close_span(stage_idx, next, now);
+    while (next < num_stages) {
+      if (stages[next].begins_node && (stop_requested.load(std::memory_order_relaxed) || has_failed)) break;
+      if (stages[next].num_chunks > 0) break;
+      ++next;
+    }
+    if (has_failed) next = num_stages;
+    const bool is_finished =
+        next >= num_stages || (stages[next].begins_node && stop_requested.load(std::memory_order_relaxed));
+    if (is_finished) {
+      cursor = next >= num_stages ? last : stages[next].node;
+      was_stopped = cursor < last;
+      return true;
+    }
+    if (is_traced && (spans.empty() || spans.back().node != stages[next].node)) spans.push_back({stages[next].node, now, now});
+    publish(static_cast<uint32_t>(next));
+    return false;
+  }
+
+  void publish(uint32_t stage_idx) {
+    open_stage.store(stage_idx, std::memory_order_seq_cst);
+    if (num_sleepers.load(std::memory_order_seq_cst) > 0) futex_wake_all(&open_stage);
+  }
+
+  void close_span(int stage_idx, int next, int64_t now) {
+    const bool node_ends = next >= static_cast<int>(stages.size()) || stages[next].node != stages[stage_idx].node;
+    if (!spans.empty() && node_ends) spans.back().end_ns = now;
+  }
+
+  const uint64_t ticket;
+  const std::shared_ptr<Frame> frame;
+  const int first, last;
+  const bool is_traced;
+  std::vector<Stage> stages;
+  std::once_flag opened;
+  std::atomic<uint32_t> open_stage{kFinished - 1};  // index of the stage whose chunks may be claimed
+  std::atomic<int> num_sleepers{0};
+  std::atomic<bool> stop_requested{false};
+  std::atomic<bool> has_failed{false};
+  std::mutex error_mutex;
+  std::string error;
+  int64_t start_ns = 0;
+  int cursor = 0;
+  bool was_stopped = false;
+  std::vector<NodeSpan> spans;
+};
+
+Lane::Lane(int lane_idx, std::vector<int> cores, int num_workers, std::shared_ptr<CompletionQueue> completions)
+    : lane_idx_(lane_idx), cores_(std::move(cores)), completions_(std::move(completions)) {
+  if (!cores_.empty()) num_workers = static_cast<int>(cores_.size());
+  PARTITA_CHECK(num_workers > 0, "num_workers: got ", num_workers, ", wanted a positive number");
+  for (int core : cores_)
+    PARTITA_CHECK(core >= 0 && core < CPU_SETSIZE, "cores: got ", core, ", wanted 0 to ", CPU_SETSIZE - 1);
+  for (int worker_idx = 0; worker_idx < num_workers; ++worker_idx)
+    workers_.emplace_back([this, worker_idx] { work(worker_idx); });
+}
+
+Lane::~Lane() {
+  is_closing_.store(true);
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& execution : executions_) execution->stop_requested.store(true);
+  }
+  submitted_word_.fetch_add(1);
+  futex_wake_all(&submitted_word_);
+  for (std::thread& worker : workers_) worker.join();
+}
+
+uint64_t Lane::submit(std::shared_ptr<Frame> frame, int first, int last) {
+  PARTITA_CHECK(frame != nullptr, "frame: got none");
+  const int num_nodes = frame->program().num_nodes();
+  PARTITA_CHECK(first >= 0 && first < last && last <= num_nodes, "nodes: got ", first, " to ", last,
+                ", wanted a non-empty range within 0 to ", num_nodes);
+  PARTITA_CHECK(frame->num_tokens() > 0, "frame: submitted before prepare()");
+  PARTITA_CHECK(first == frame->cursor(), "first: got node ", first, ", wanted the frame's cursor, node ",
+                frame->cursor());
+  PARTITA_CHECK(!frame->is_busy.exchange(true), "frame: submitted while an earlier range of it is not finished");
+  uint64_t ticket;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ticket = ++num_submitted_;
+    executions_.push_back(std::make_shared<LaneExecution>(ticket, std::move(frame), first, last, is_tracing_.load()));
+  }
+  submitted_word_.fetch_add(1, std::memory_order_seq_cst);
+  if (num_sleepers_.load(std::memory_order_seq_cst) > 0) futex_wake_all(&submitted_word_);
+  return ticket;
+}
+
+void Lane::request_stop(uint64_t ticket) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& execution : executions_)
+    if (execution->ticket == ticket) execution->stop_requested.store(true);
+}
+
+// The oldest execution with a ticket above `sequence`; null when there is none yet.
+std::shared_ptr<LaneExecution> Lane::execution_after(uint64_t sequence) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& execution : executions_)
+    if (execution->ticket > sequence) return execution;
+  return nullptr;
+}
+
+void Lane::work(int worker_idx) {
+  if (!cores_.empty()) {
+    cpu_set_t mask;
+    CPU_ZERO(&mask);
+    for (int core : cores_) CPU_SET(core, &mask);
+    pthread_setaffinity_np(pthread_self(), sizeof mask, &mask);  // refused: the lane runs where the system puts it
+  }
+  pthread_setname_np(pthread_self(), concat("lane", lane_idx_, ".", worker_idx).substr(0, 15).c_str());
+
+  Worker worker;
+  worker.worker_idx = worker_idx;
+  uint64_t last_ticket = 0;
+  for (;;) {
+    // Wait for the next range.
+    std::shared_ptr<LaneExecution> execution;
+    for (;;) {
+      const uint32_t word = submitted_word_.load(std::memory_order_seq_cst);
+      execution = execution_after(last_ticket);
+      if (execution) break;
+      if (is_closing_.load()) return;
+      int spins = 0;
+      while (submitted_word_.load(std::memory_order_relaxed) == word && spins++ < kQueueSpins) cpu_pause();
+      if (submitted_word_.load(std::memory_order_relaxed) != word) continue;
+      num_sleepers_.fetch_add(1, std::memory_order_seq_cst);
+      futex_wait(&submitted_word_, word);
+      num_sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+    }
+    last_ticket = execution->ticket;
+
+    const auto finish = [&] {
+      Completion completion;
+      completion.ticket = execution->ticket;
+      completion.lane = lane_idx_;
+      completion.first_node = execution->first;
+      completion.cursor = execution->cursor;
+      completion.was_stopped = execution->was_stopped;
+      completion.error = execution->error;
+      completion.start_ns = execution->start_ns;
+      completion.end_ns = monotonic_ns();
+      completion.spans = std::move(execution->spans);
+      execution->frame->set_cursor(execution->cursor);
+      execution->frame->is_busy.store(false);
+      // Reported before the next range can start: completions of a lane come in the order of its tickets.
+      completions_->push(std::move(completion));
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        executions_.erase(std::find(executions_.begin(), executions_.end(), execution));
+      }
+      execution->publish(kFinished);
+    };
+
+    std::call_once(execution->opened, [&] {
+      execution->open();
+      if (execution->advance(-1)) finish();
+    });
+
+    uint32_t stage_idx = execution->open_stage.load(std::memory_order_acquire);
+    while (stage_idx != kFinished) {
+      Stage& stage = execution->stages[stage_idx];
+      for (int64_t chunk; (chunk = stage.next_chunk.fetch_add(1, std::memory_order_relaxed)) < stage.num_chunks;) {
+        try {
+          if (!execution->has_failed.load(std::memory_order_relaxed))
+            stage.op->run_chunk(*execution->frame, stage.phase, chunk, worker, &stage);
+        } catch (const std::exception& error) {
+          const std::lock_guard<std::mutex> lock(execution->error_mutex);
+          if (execution->error.empty())
+            execution->error = concat(execution->frame->program().nodes()[stage.node].name, ": ", error.what());
+          execution->has_failed.store(true);
+        }
+        if (stage.num_done.fetch_add(1, std::memory_order_acq_rel) + 1 == stage.num_chunks)
+          if (execution->advance(static_cast<int>(stage_idx))) finish();
+      }
+      int spins = 0;
+      uint32_t current;
+      while ((current = execution->open_stage.load(std::memory_order_acquire)) == stage_idx) {
+        if (spins++ < kStageSpins) {
+          cpu_pause();
+          continue;
+        }
+        execution->num_sleepers.fetch_add(1, std::memory_order_seq_cst);
+        futex_wait(&execution->open_stage, stage_idx);
+        execution->num_sleepers.fetch_sub(1, std::memory_order_seq_cst);
+      }
+      stage_idx = current;
+    }
+    worker.private_rows_owner = nullptr;
+  }
+}
+
+}  // namespace partita

@@ -1,0 +1,68 @@
+// A model's forward pass, recorded once: nodes in order, the buffers between them. Immutable after seal().
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "program/op.h"
+
+namespace partita {
+
+using BufferId = int32_t;
+constexpr BufferId kNoBuffer = -1;
+
+// What the rows of a buffer stand for.
+enum class RowKind { kToken, kLogitRow };
+
+struct BufferSpec {
+  std::string name;
+  RowKind rows = RowKind::kToken;
+  int64_t row_bytes = 0;
+};
+
+struct Node {
+  std::string name;                   // "layers.3.attention"
+  int layer = -1;                     // -1: outside the layers
+  std::unique_ptr<Op> op;
+  std::vector<BufferId> reads;
+  std::vector<BufferId> writes;
+  std::vector<BufferId> live_after;   // buffers that a frame resting after this node must keep
+};
+
+// One KV group as programs see it; layouts live in the KvArena.
+struct ProgramAttention {
+  int group = 0;
+  int num_q_heads = 0;
+};
+
+class Program {
+ public:
+  BufferId add_buffer(std::string name, RowKind rows, int64_t row_bytes);
+  // Appends a node; returns its index. Throws after seal().
+  int add_node(std::string name, int layer, std::unique_ptr<Op> op, std::vector<BufferId> reads,
+               std::vector<BufferId> writes);
+  // Marks that a node attends in this KV group: frames build one plan for each (group, num_q_heads).
+  // Returns the plan's index.
+  int add_attention_plan(int group, int num_q_heads);
+  // Freezes the program and works out what lives after each node.
+  void seal();
+
+  bool is_sealed() const { return sealed_; }
+  const std::vector<Node>& nodes() const { return nodes_; }
+  const std::vector<BufferSpec>& buffers() const { return buffers_; }
+  const std::vector<ProgramAttention>& attention_plans() const { return attention_plans_; }
+  int num_nodes() const { return static_cast<int>(nodes_.size()); }
+  // First node at or after which no recorded node belongs to a layer: where logits and sampling begin.
+  int head_node() const { return head_node_; }
+
+ private:
+  std::vector<Node> nodes_;
+  std::vector<BufferSpec> buffers_;
+  std::vector<ProgramAttention> attention_plans_;
+  int head_node_ = 0;
+  bool sealed_ = false;
+};
+
+}  // namespace partita

@@ -1,0 +1,185 @@
+"""From flags to a running engine: find the model, plan memory, pack, record, start. In that order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("partita.engine")
+
+# A chunk of 512 tokens keeps one step near a quarter of a second on two cores, and its activations in their L2.
+_DEFAULT_BATCHED_TOKENS = 512
+# Loading that takes longer than this shows a bar.
+_PROGRESS_AFTER_S = 1.0
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model on this machine, ready to run: what an Engine or a Scorer needs."""
+
+    name: str
+    config: Any  # model_config.ModelConfig
+    checkpoint: Any  # loading.checkpoint.Checkpoint: owns the bytes of the embedding table
+    packed: Any  # weights.PackedModel
+    kv_plan: Any  # kv_plan.KvPlan
+    program: Any  # _native.Program
+    threads: int
+
+
+class _ProgressBar:
+    """One line on stderr, drawn only when loading turns out to be slow."""
+
+    def __init__(self, label: str):
+        self._label = label
+        self._start_s = time.monotonic()
+        self._is_drawn = False
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self._start_s < _PROGRESS_AFTER_S or not sys.stderr.isatty():
+            return
+        filled = 30 * done // total
+        sys.stderr.write(f"\r{self._label} [{'#' * filled}{'.' * (30 - filled)}] {done}/{total}")
+        self._is_drawn = True
+        if done == total:
+            sys.stderr.write("\n")
+        sys.stderr.flush()
+
+
+def load_model(args, checkpoint=None) -> LoadedModel:
+    """Opens, plans, packs and records. Raises ModelFileError or ValueError with what was wrong."""
+    from runtime import _native
+    from runtime.kv_plan import plan_kv
+    from runtime.loading.checkpoint import open_checkpoint
+    from runtime.loading.model_source import resolve_model
+    from runtime.models import record_model
+    from runtime.recorder import Recorder
+    from runtime.weights import choose_activations, pack_model
+
+    if checkpoint is None:
+        checkpoint = open_checkpoint(resolve_model(args.model, offline=args.offline))
+    config = checkpoint.config
+    threads = args.threads or _native.usable_cores()
+    activations = choose_activations(checkpoint, args.activations)
+    k_codec, v_codec = args.kv_codecs
+    kv_plan = plan_kv(
+        config, k_codec=k_codec, v_codec=v_codec, page_size=args.page_size, kv_memory=args.kv_memory,
+        max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs,
+    )  # fmt: skip
+    packed = pack_model(
+        checkpoint, kv_plan.layers, activations, kv_plan.max_model_len, threads, _ProgressBar("packing weights")
+    )
+    recorder = Recorder(packed.prepared_row_bytes, exact=activations == "fp32")
+    program = record_model(recorder, config, packed)
+    # The matrices are packed: of the file only embedding rows are read from here on.
+    checkpoint.release_pages()
+    return LoadedModel(args.shown_model_name(), config, checkpoint, packed, kv_plan, program, threads)
+
+
+def start_engine(loaded: LoadedModel, args, on_deltas: Callable, trace=None):
+    """An Engine over a loaded model, its thread running."""
+    from runtime import _native
+    from runtime.engine import Engine, EngineConfig
+    from runtime.model_runner import ModelRunner
+    from scheduler.config import SchedulerConfig
+    from scheduler.scheduler import Scheduler
+
+    kv_plan, config = loaded.kv_plan, loaded.config
+    max_num_batched_tokens = args.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS, args.max_num_seqs)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            num_pages=kv_plan.num_pages, page_size=kv_plan.page_size, max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens, max_model_len=kv_plan.max_model_len,
+            kv_group_windows=tuple(group.window for group in kv_plan.groups),
+            enable_prefix_caching=args.enable_prefix_caching, policy=args.policy,
+        )
+    )  # fmt: skip
+    runner = ModelRunner(
+        loaded.program, kv_plan, vocab_size=config.vocab_size, max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens, lane_cores=[_lane_cores(loaded.threads)],
+        completions=_native.CompletionQueue(), is_traced=trace is not None,
+    )  # fmt: skip
+    engine_config = EngineConfig(
+        loaded.name, kv_plan.max_model_len, config.vocab_size, frozenset(config.eos_token_ids), args.seed
+    )
+    return Engine(engine_config, scheduler, runner, on_deltas, trace)
+
+
+def _lane_cores(threads: int) -> list[int]:
+    """The lane's cores: the first ones this process may use; with more threads than cores, cores repeat."""
+    from runtime import _native
+
+    cores = _native.usable_core_ids()
+    return [cores[index % len(cores)] for index in range(threads)]
+
+
+def load_engine(args, on_deltas: Callable):
+    """(engine, tokenizer, chat_template, model_config) for the given EngineArgs.
+
+    ``chat_template`` is None when the model has none. The tokenizer is built beside the packing. Raises
+    ModelFileError, ValueError, or what ``on_deltas``' owner must know before anything is served.
+    """
+    from runtime.loading.checkpoint import open_checkpoint
+    from runtime.loading.model_source import resolve_model
+
+    checkpoint = open_checkpoint(resolve_model(args.model, offline=args.offline))
+    built: dict[str, Any] = {}
+
+    def build_tokenizer() -> None:
+        try:
+            from runtime.chat_template import ChatTemplate
+            from runtime.tokenizer import Tokenizer
+
+            source = _with_overrides(checkpoint, args)
+            built["tokenizer"] = Tokenizer.from_checkpoint(source)
+            built["template"] = ChatTemplate.from_checkpoint(source, built["tokenizer"])
+        except BaseException as error:
+            built["error"] = error
+
+    builder = threading.Thread(target=build_tokenizer, name="tokenizer")
+    builder.start()
+    try:
+        loaded = load_model(args, checkpoint)
+    finally:
+        builder.join()
+    if "error" in built:
+        raise built["error"]
+    trace = None
+    if args.trace_steps:
+        from runtime.step_trace import StepTrace
+
+        trace = StepTrace(loaded.program.node_names)
+    engine = start_engine(loaded, args, on_deltas, trace)
+    return engine, built["tokenizer"], built["template"], loaded.config
+
+
+def _with_overrides(checkpoint, args):
+    """The checkpoint with the tokenizer folder and chat template that the flags name in place of its own."""
+    from runtime.loading.checkpoint import TokenizerSource, read_json
+
+    if args.tokenizer:
+        path = Path(args.tokenizer)
+        folder = path.parent if path.name == "tokenizer.json" else path
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"tokenizer: got {args.tokenizer!r}, wanted a tokenizer.json or a folder that holds one")
+        settings = folder / "tokenizer_config.json"
+        source = TokenizerSource("hf", folder, checkpoint.key, config=read_json(settings) if settings.is_file() else {})
+        checkpoint = replace(checkpoint, tokenizer_source=source)
+    if args.chat_template:
+        checkpoint = replace(checkpoint, chat_template=_template_text(args.chat_template))
+    return checkpoint
+
+
+def _template_text(path_or_text: str) -> str:
+    if os.path.exists(path_or_text):
+        with open(path_or_text, encoding="utf-8") as file:
+            return file.read()
+    if "{" not in path_or_text:
+        raise ValueError(f"chat_template: got {path_or_text!r}, wanted a file or template text")
+    return path_or_text

@@ -1,0 +1,201 @@
+"""What the next plan of a lane holds: a pass over running and waiting requests that decides and changes nothing.
+
+The order is Dynamic SplitFuse's: requests with one pending token (decodes) first, then running prefills, then
+admissions, until the token budget is spent. A pass works on a Composition, its own count of tokens, pages and rows
+handed out; Scheduler commits it. Two things leave the pass at once, both harmless if the plan stays empty: an
+admitted request leaves the waiting queue (the composition is always committed), and a preemption, which is a
+decision of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from scheduler.config import SchedulerConfig
+from scheduler.policy import Policy
+from scheduler.prefix_cache import PrefixMatch
+from scheduler.queues import RunningList, WaitingQueue
+from scheduler.request import Request, RequestStatus
+from scheduler.request_pages import RequestPages
+
+RUNNING = RequestStatus.RUNNING
+
+
+class Composition:
+    """One plan in the making."""
+
+    __slots__ = ("lane", "shares", "admissions", "budget", "num_reserved_pages", "has_stalled", "has_preempted")  # noqa: RUF023
+
+    def __init__(self, lane: int, budget: int) -> None:
+        self.lane = lane
+        self.shares: list[tuple[Request, int]] = []  # (request, scheduled tokens), in plan order
+        self.admissions: list[tuple[Request, PrefixMatch | None]] = []  # also in shares
+        self.budget = budget  # tokens left
+        self.num_reserved_pages = 0  # that the commit will take
+        self.has_stalled = False  # a running request got no page
+        self.has_preempted = False
+
+
+class Composer:
+    """Reads the queues and the pages. `preempt(request)` and `is_draining()` are the scheduler's."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        policy: Policy,
+        running: RunningList,
+        waiting: WaitingQueue,
+        pages: RequestPages,
+        preempt: Callable[[Request], None],
+        is_draining: Callable[[], bool],
+    ) -> None:
+        self._config = config
+        self._policy = policy
+        self._running = running
+        self._waiting = waiting
+        self._pages = pages
+        self._preempt = preempt
+        self._is_draining = is_draining
+        self._has_lanes = config.num_lanes > 1
+
+    def compose(self, lane: int, num_free_rows: int, is_idle: bool) -> Composition:
+        """is_idle: no plan is in flight on any lane."""
+        composition = Composition(lane, self._policy.token_budget(self._config))
+        self._compose_running(composition, is_idle)
+        # Who runs comes before who waits: nobody is admitted while a running request lacks a page.
+        if not (composition.has_stalled or composition.has_preempted):
+            self._compose_waiting(composition, num_free_rows, is_idle)
+        return composition
+
+    def _compose_running(self, composition: Composition, is_idle: bool) -> None:
+        lane, shares, has_lanes = composition.lane, composition.shares, self._has_lanes
+        prefills: list[Request] = []
+        for request in self._running.snapshot():
+            num_expected = request.num_expected_tokens
+            if num_expected >= request.max_num_tokens:
+                continue  # its last token is in flight
+            start = request.next_start
+            if has_lanes and request.num_plans_in_flight and request.lane != lane:
+                continue
+            if num_expected - start > 1:
+                prefills.append(request)
+                continue
+            if composition.budget == 0 or request.status is not RUNNING:
+                continue
+            if start >= request.page_capacity and not self._reserve_for(request, start + 1, composition, is_idle):
+                continue
+            shares.append((request, 1))
+            composition.budget -= 1
+
+        for request in prefills:
+            if composition.budget == 0:
+                break
+            if request.status is RUNNING:
+                self._compose_chunk(request, composition, is_idle)
+
+    def _compose_chunk(self, request: Request, composition: Composition, is_idle: bool) -> None:
+        start = request.next_start
+        num_tokens = self._policy.chunk(request.num_expected_tokens - start, composition.budget, self._config)
+        # A chunk need not end with a page, nor with what was asked for: it shrinks to the pages there are.
+        num_available = self._num_available_pages(composition) // self._pages.num_kv_groups
+        reach = request.page_capacity + num_available * self._pages.page_size
+        stop = min(start + num_tokens, max(reach, start + 1))
+        if stop > request.page_capacity and not self._reserve_for(request, stop, composition, is_idle):
+            return
+        composition.shares.append((request, stop - start))
+        composition.budget -= stop - start
+
+    def _compose_waiting(self, composition: Composition, num_free_rows: int, is_idle: bool) -> None:
+        while composition.budget > 0 and len(composition.admissions) < num_free_rows:
+            request = self._waiting.peek()
+            if request is None or not self._admit(request, composition, is_idle):
+                return  # the head of the queue is not overtaken
+            self._waiting.pop()
+
+    def _admit(self, request: Request, composition: Composition, is_idle: bool) -> bool:
+        config, pages, admits = self._config, self._pages, self._policy.admits
+        num_available = self._num_available_pages(composition)
+        is_alone = is_idle and len(self._running) == 0 and not composition.shares
+        # A head that did not fit is not matched anew each step; only more pages, or being alone, can change the answer.
+        if not is_alone and num_available < request.admission_threshold:
+            return False
+        match = pages.match(request)
+        start, num_tokens, num_needed = self._admission(request, match, composition.budget)
+        if (
+            not admits(num_needed, num_available, is_alone, config)
+            and match is not None
+            and match.copy_node is not None
+        ):
+            # The copy's source must stay while the copy is made: one page per group more than computing it anew.
+            match = pages.without_copy(match)
+            start, num_tokens, num_needed = self._admission(request, match, composition.budget)
+        if not admits(num_needed, num_available, is_alone, config):
+            if not is_alone:
+                request.admission_threshold = num_needed
+                return False
+            num_tokens = min(num_tokens, self._fit_alone(match, start, num_available))
+            if num_tokens < 1:
+                return False
+            num_needed = num_available
+        composition.num_reserved_pages += num_needed
+        composition.admissions.append((request, match))
+        composition.shares.append((request, num_tokens))
+        composition.budget -= num_tokens
+        return True
+
+    def _admission(self, request: Request, match: PrefixMatch | None, budget: int) -> tuple[int, int, int]:
+        """(first token to compute, tokens of the first chunk, pages that must be available)."""
+        pages = self._pages
+        num_matched = match.num_pages if match is not None else 0
+        start = num_matched * pages.page_size + (match.num_copied_tokens if match is not None else 0)
+        num_tokens = self._policy.chunk(request.num_known_tokens - start, budget, self._config)
+        # Who was preempted comes back when all of it fits: else the same shortage would drive it out again.
+        reach = request.num_known_tokens if request.num_preemptions else start + num_tokens
+        num_pages = (pages.pages_to_reach(reach) - num_matched) * pages.num_kv_groups
+        return start, num_tokens, num_pages + (match.num_unlocked_pages if match is not None else 0)
+
+    def _fit_alone(self, match: PrefixMatch | None, start: int, num_available: int) -> int:
+        """The largest first chunk for a request that runs alone and must not wait (its window's pages come back)."""
+        num_matched = match.num_pages if match is not None else 0
+        num_unlocked = match.num_unlocked_pages if match is not None else 0
+        num_per_group = (num_available - num_unlocked) // self._pages.num_kv_groups
+        return (num_matched + num_per_group) * self._pages.page_size - start
+
+    def _num_available_pages(self, composition: Composition) -> int:
+        return self._pages.num_available_pages - composition.num_reserved_pages
+
+    def _reserve_for(self, request: Request, num_tokens: int, composition: Composition, is_idle: bool) -> bool:
+        """Pages for a running request's table to hold num_tokens positions, from who ranks below it if need be."""
+        pages = self._pages
+        num_missing_tokens = num_tokens - request.page_capacity
+        num_needed = pages.pages_to_reach(num_missing_tokens) * pages.num_kv_groups
+        while self._num_available_pages(composition) < num_needed:
+            if not self._make_room(request, composition, is_idle):
+                composition.has_stalled = True
+                return False
+        composition.num_reserved_pages += num_needed
+        return True
+
+    def _make_room(self, request: Request, composition: Composition, is_idle: bool) -> bool:
+        """True when pages may have become available. The lowest-ranked request just waits; it keeps what it has."""
+        if self._is_draining():
+            return False  # pages are on their way back; preempting more now would take too much
+        victim = self._policy.victim(self._running.ranked_below(request))
+        if victim is None:
+            # Alone and still short: its own pages have twins in the tree, locked because it stands on them (it computed
+            # what another request published first). Recomputing finds them there. See pages.twins in docs/scheduler.md.
+            if not (is_idle and len(self._running) == 1 and not composition.shares):
+                return False
+            victim = request
+        for position, (scheduled, num_tokens) in enumerate(composition.shares):
+            if scheduled is victim:  # it had its share of this plan already, as a decode does before a prefill
+                del composition.shares[position]
+                composition.budget += num_tokens
+                num_reserved = self._pages.pages_to_reach(victim.next_start + num_tokens) - self._pages.pages_to_reach(
+                    victim.page_capacity
+                )
+                composition.num_reserved_pages -= max(0, num_reserved) * self._pages.num_kv_groups
+                break
+        self._preempt(victim)
+        composition.has_preempted = True
+        return victim is not request

@@ -1,0 +1,78 @@
+"""Policies: small pure functions, and named presets of them.
+
+A policy decides who comes first, how many tokens a step and a chunk get, whether a request may start, and who gives
+way when pages run out. It never touches state: the scheduler asks and acts. A new policy is a new preset,
+registered by name; it may read anything on the request (ttft_s, tpot_s, deadline_s, user), and replaces only the
+functions it changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from scheduler.config import SchedulerConfig
+from scheduler.request import Request
+
+
+def priority_then_arrival(request: Request, sequence: int) -> tuple:
+    """First come, first served within a priority. `sequence` counts arrivals, so no two ranks are equal."""
+    return (request.priority, request.arrival_s, sequence)
+
+
+def fixed_token_budget(config: SchedulerConfig) -> int:
+    """Every step may have the same number of new tokens: decodes take theirs first, prompts are cut to fill the rest
+    (Dynamic SplitFuse, DeepSpeed-FastGen, arXiv 2401.08671)."""
+    return config.max_num_batched_tokens
+
+
+def fill_budget(num_pending: int, budget: int, config: SchedulerConfig) -> int:
+    """Tokens of one prefill chunk: all that is pending, as far as budget and the chunk limit go."""
+    num_tokens = num_pending if num_pending < budget else budget
+    max_chunk = config.max_prefill_chunk
+    return max_chunk if 0 < max_chunk < num_tokens else num_tokens
+
+
+def leave_watermark(num_needed_pages: int, num_available_pages: int, is_alone: bool, config: SchedulerConfig) -> bool:
+    """A request may start when its pages are there and some are left for those that run to grow into."""
+    headroom = 0 if is_alone else config.watermark_pages
+    return num_needed_pages + headroom <= num_available_pages
+
+
+def lowest_then_latest(candidates: Sequence[Request]) -> Request | None:
+    """Of those ranked below the request that needs pages: the lowest priority, then the latest arrival."""
+    return candidates[-1] if candidates else None
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One function per decision."""
+
+    name: str
+    rank: Callable[[Request, int], tuple] = priority_then_arrival  # (request, arrival number) -> order, smaller first
+    token_budget: Callable[[SchedulerConfig], int] = fixed_token_budget  # tokens of one step
+    chunk: Callable[[int, int, SchedulerConfig], int] = fill_budget  # (pending, budget left) -> tokens, at least 1
+    admits: Callable[[int, int, bool, SchedulerConfig], bool] = leave_watermark  # (needed, available pages, is alone)
+    victim: Callable[[Sequence[Request]], Request | None] = lowest_then_latest  # from running requests, by rank
+
+
+_presets: dict[str, Policy] = {}
+
+
+def register_policy(policy: Policy) -> None:
+    """Makes a preset available by its name. Raises ValueError if the name is taken."""
+    if policy.name in _presets:
+        raise ValueError(f"register_policy: a policy named {policy.name!r} exists already")
+    _presets[policy.name] = policy
+
+
+def policy_named(name: str) -> Policy:
+    """Raises ValueError, listing the names that exist."""
+    policy = _presets.get(name)
+    if policy is None:
+        raise ValueError(f"policy: got {name!r}, wanted one of {', '.join(sorted(_presets))}")
+    return policy
+
+
+register_policy(Policy("default"))
+register_policy(Policy("fcfs"))

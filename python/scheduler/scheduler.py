@@ -1,0 +1,402 @@
+"""The scheduler: events in, plans out.
+
+The rule underneath everything: computed tokens catch up with known tokens. There is no prefill world and no decode
+world; every request has computed tokens and known tokens, a plan hands out tokens so that the first catch up with
+the second, and whoever catches up samples one more. Chunked prefill, prefix hits, resume after preemption and
+pipelining are this one rule.
+
+    event ──> land / queue / retire ──> for each lane with room: compose (decide) ──> commit (change) ──> LanePlan
+
+Pipelining: a lane holds up to max_plans_in_flight plans. Plan i+1 is made while plan i runs; a decode row of plan
+i+1 names the position whose token plan i is sampling, which is known to exist (num_expected_tokens) though its
+value is not. When plan i's result ends the request, what plan i+1 yields for it is dropped. Ends by length are
+foreseen, so never overrun.
+
+A request that ends or is preempted keeps its row and its pages until no plan in flight names it ("draining").
+Single-threaded: the engine's thread calls everything here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from scheduler.composer import Composer, Composition
+from scheduler.config import SchedulerConfig
+from scheduler.policy import policy_named
+from scheduler.prefix_cache import PrefixNode
+from scheduler.queues import RunningList, WaitingQueue
+from scheduler.request import Request, RequestStatus
+from scheduler.request_pages import RequestPages
+from scheduler.step import (
+    AbortRequest,
+    Admission,
+    Arrival,
+    CopyDone,
+    Event,
+    LaneFinished,
+    LanePlan,
+    LaneResult,
+    PageCopy,
+    PageTableReset,
+    ScheduledRequest,
+    Timer,
+    TokenOutput,
+)
+
+RUNNING, PREEMPTED, FINISHED = RequestStatus.RUNNING, RequestStatus.PREEMPTED, RequestStatus.FINISHED
+MISSING = -2  # no token where one was due; -1 is the contract's "the logits were not finite"
+# Builds a named tuple from its fields in order, at half its constructor's price; for the two per request and step.
+make_tuple = tuple.__new__
+
+
+class SchedulerStats(NamedTuple):
+    """A snapshot for metrics. Counters count from the scheduler's start."""
+
+    num_running: int  # requests that hold a row and may be scheduled
+    num_waiting: int
+    num_draining: int  # ended or preempted, still named by a plan in flight
+    num_free_pages: int
+    num_cached_pages: int  # in the prefix cache and evictable
+    num_live_pages: int  # held by requests
+    kv_usage: float  # live / total, 0..1
+    num_preemptions: int
+    num_prefix_query_tokens: int  # prompt tokens of admitted requests
+    num_prefix_hit_tokens: int  # of those, found in the prefix cache
+
+
+class Flight(NamedTuple):
+    """A plan between commit and result."""
+
+    plan: LanePlan
+    requests: list[Request]  # plan.requests, as objects
+    copy_sources: list[PrefixNode]  # held until the plan has copied them
+
+
+class Scheduler:
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self._policy = policy_named(config.policy)
+        self._pages = RequestPages(config)
+        self._requests: dict[str, Request] = {}  # every request that has no finish reason yet
+        self._waiting = WaitingQueue()
+        self._running = RunningList()
+        self._draining: set[Request] = set()
+        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._lanes: list[deque[Flight]] = [deque() for _ in config.lane_shares]
+        self._composer = Composer(
+            config, self._policy, self._running, self._waiting, self._pages, self._preempt, lambda: bool(self._draining)
+        )
+        self._outputs: list[TokenOutput] = []
+        self._num_plans = 0
+        self._num_arrivals = 0
+        self._num_preemptions = 0
+        self._num_prefix_query_tokens = 0
+        self._num_prefix_hit_tokens = 0
+
+    def on_event(self, event: Event, now: float) -> list[LanePlan]:
+        """Takes one event and returns the plans it made possible, in the order in which each lane must run them.
+
+        now is the driver's clock in seconds, real or virtual. Raises ValueError for a result of a plan that is not the
+        oldest in flight on its lane, and for a request id that is still in use; nothing has changed then.
+        """
+        self._take(event)
+        return self._plan_lanes(now)
+
+    def on_events(self, events: Iterable[Event], now: float) -> list[LanePlan]:
+        """Several events that are due at once, then one round of planning: requests arriving together start together.
+
+        If an event is refused (see on_event), those before it have been taken, it and those after it have not.
+        """
+        for event in events:
+            self._take(event)
+        return self._plan_lanes(now)
+
+    def take_outputs(self) -> list[TokenOutput]:
+        """What happened since the last call, in order."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._requests)
+
+    @property
+    def num_plans_in_flight(self) -> int:
+        return sum(len(flights) for flights in self._lanes)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing to do and nothing in flight: every page is free or cached."""
+        return not self._requests and not any(self._lanes)
+
+    def stats(self) -> SchedulerStats:
+        pages = self._pages
+        num_live = pages.num_pages - pages.num_available_pages
+        return SchedulerStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_draining=len(self._draining),
+            num_free_pages=pages.num_free_pages,
+            num_cached_pages=pages.num_evictable_pages,
+            num_live_pages=num_live,
+            kv_usage=num_live / pages.num_pages,
+            num_preemptions=self._num_preemptions,
+            num_prefix_query_tokens=self._num_prefix_query_tokens,
+            num_prefix_hit_tokens=self._num_prefix_hit_tokens,
+        )
+
+    def reset_prefix_cache(self) -> None:
+        """No later request reads KV computed before this call (the weights changed). Requests that run go on."""
+        self._pages.clear_cache()
+
+    def check_integrity(self) -> None:
+        """free + cached + live == total, every page and row has the owners it should. Raises AssertionError.
+
+        Walks all pages: cheap enough for whenever the engine is idle, and for every step of a test.
+        """
+        holders = [*self._running, *self._draining]
+        self._pages.check_integrity(holders)
+        rows = [request.row for request in holders] + self._free_rows
+        if sorted(rows) != list(range(self.config.max_num_seqs)):
+            raise AssertionError(
+                f"rows held and free {sorted(rows)} are not 0..{self.config.max_num_seqs - 1} once each"
+            )
+        in_flight: dict[Request, int] = dict.fromkeys(holders, 0)
+        for flights in self._lanes:
+            for flight in flights:
+                for request in flight.requests:
+                    in_flight[request] = in_flight.get(request, 0) + 1
+        for request, count in in_flight.items():
+            if request.num_plans_in_flight != count:
+                raise AssertionError(f"{request!r}: {count} plans in flight name it")
+
+    # Events
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, LaneFinished):
+            self._land(event.result)
+        elif isinstance(event, Arrival):
+            self._arrive(event.request)
+        elif isinstance(event, AbortRequest):
+            request = self._requests.get(event.request_id)
+            if request is not None:  # else it ended while the abort was on its way
+                self._finish(request, event.reason)
+        elif not isinstance(event, (CopyDone, Timer)):  # those change nothing by themselves: they wake the planner
+            raise TypeError(f"Scheduler: got event {type(event).__name__}, wanted one of scheduler.step.Event")
+
+    def _arrive(self, request: Request) -> None:
+        if request.request_id in self._requests:
+            raise ValueError(f"Arrival: request id {request.request_id!r} is in use by an unfinished request")
+        why = self._refusal(request)
+        if why is not None:
+            request.status = FINISHED
+            request.finish_reason = "error"
+            self._outputs.append(TokenOutput(request.request_id, (), "error", None, 0, why))
+            return
+        self._num_arrivals += 1
+        request.rank = self._policy.rank(request, self._num_arrivals)
+        self._requests[request.request_id] = request
+        self._waiting.push(request)
+
+    def _refusal(self, request: Request) -> str | None:
+        """Why the request could never end even if it ran alone, or None."""
+        asked = f"{request.num_prompt_tokens} prompt tokens + up to {request.max_tokens} generated"
+        if request.max_num_tokens > self.config.max_model_len:
+            return f"{asked} = {request.max_num_tokens} tokens; the context holds {self.config.max_model_len}"
+        num_needed = self._pages.pages_alone(request.max_num_tokens - 1)  # the last token never needs KV
+        num_pages = self._pages.num_pages
+        if num_needed > num_pages:
+            num_per_group = num_pages // self._pages.num_kv_groups
+            return (
+                f"{asked} need KV for {request.max_num_tokens - 1} tokens ({num_needed} pages); "
+                f"{num_per_group * self._pages.page_size} tokens are available ({num_pages} pages)"
+            )
+        return None
+
+    def _land(self, result: LaneResult) -> None:
+        """A plan's result: its tokens are computed, its samples known."""
+        flights = self._lanes[result.lane] if 0 <= result.lane < len(self._lanes) else ()
+        if not flights or flights[0].plan.plan_id != result.plan_id:
+            wanted = flights[0].plan.plan_id if flights else "none, nothing is in flight there"
+            raise ValueError(f"LaneFinished: got plan {result.plan_id} of lane {result.lane}, wanted {wanted}")
+        flight = flights.popleft()
+        for node in flight.copy_sources:
+            self._pages.release_source(node)
+
+        token_of = dict(result.sampled)
+        why_failed = dict(result.failed)
+        pages, outputs, frees_windows = self._pages, self._outputs, self._pages.frees_windows
+        for request, (request_id, _, _, num_tokens, _, samples) in zip(
+            flight.requests, flight.plan.requests, strict=True
+        ):
+            request.num_plans_in_flight -= 1
+            if request.status is FINISHED:
+                if request.num_plans_in_flight == 0:
+                    self._drained(request)
+                continue
+            token_id = token_of.get(request_id, MISSING) if samples else 0
+            if token_id < 0 or (why_failed and request_id in why_failed):
+                # Its KV is not to be trusted: nothing of this chunk is counted or published.
+                missing = (
+                    "the lane's result names no token for it" if token_id == MISSING else "the logits were not finite"
+                )
+                self._finish(request, "error", why_failed.get(request_id, missing))
+                continue
+
+            num_computed = request.num_computed_tokens = request.num_computed_tokens + num_tokens
+            if num_computed >= request.publish_at:
+                pages.publish(request)
+            if frees_windows:
+                pages.release_outside_windows(request)
+
+            if samples:
+                output_token_ids = request.output_token_ids
+                output_token_ids.append(token_id)
+                num_outputs = len(output_token_ids)
+                finish_reason = stop_token_id = None
+                if token_id in request.stop_token_ids and num_outputs > request.min_tokens:
+                    finish_reason, stop_token_id = "stop", token_id
+                elif num_outputs == request.max_tokens:
+                    finish_reason = "length"
+                first_s = request.first_scheduled_s if num_outputs == 1 else None
+                num_cached = request.num_cached_tokens
+                output = (request_id, (token_id,), finish_reason, stop_token_id, num_cached, None, first_s)
+                outputs.append(make_tuple(TokenOutput, output))
+                if finish_reason is not None:
+                    self._retire(request, finish_reason)
+            if request.status is PREEMPTED and request.num_plans_in_flight == 0:
+                self._drained(request)
+
+    # Lives and ends
+
+    def _finish(self, request: Request, reason: str, error: str | None = None) -> None:
+        """Ends a request for a reason that is no token."""
+        first_scheduled = None if request.output_token_ids else request.first_scheduled_s
+        self._outputs.append(
+            TokenOutput(request.request_id, (), reason, None, request.num_cached_tokens, error, first_scheduled)
+        )
+        self._retire(request, reason)
+
+    def _retire(self, request: Request, reason: str) -> None:
+        was_running = request.status is RUNNING
+        is_holding = was_running or request in self._draining
+        request.status = FINISHED
+        request.finish_reason = reason
+        del self._requests[request.request_id]
+        if was_running:
+            self._running.remove(request)
+        if is_holding:
+            self._drain(request)
+        else:
+            self._waiting.remove(request)
+
+    def _preempt(self, request: Request) -> None:
+        """Preemption by recompute: known tokens are computed again, as far as the prefix cache forgot them."""
+        request.status = PREEMPTED
+        request.num_preemptions += 1
+        self._num_preemptions += 1
+        self._running.remove(request)
+        self._drain(request)
+
+    def _drain(self, request: Request) -> None:
+        """Row and pages go back now, or with the last result that names the request."""
+        self._draining.add(request)
+        if request.num_plans_in_flight == 0:
+            self._drained(request)
+
+    def _drained(self, request: Request) -> None:
+        self._draining.discard(request)
+        self._pages.release(request)
+        self._free_rows.append(request.row)
+        request.row = None
+        if request.status is PREEMPTED:
+            request.num_computed_tokens = request.next_start = 0
+            request.num_expected_tokens = request.num_known_tokens
+            request.admission_threshold = 0
+            self._waiting.push(request)
+
+    # Plans
+
+    def _plan_lanes(self, now: float) -> list[LanePlan]:
+        plans: list[LanePlan] = []
+        for lane, flights in enumerate(self._lanes):
+            while len(flights) < self.config.max_plans_in_flight and (self._running or self._waiting):
+                composition = self._composer.compose(lane, len(self._free_rows), self.num_plans_in_flight == 0)
+                if composition.shares:
+                    plans.append(self._commit(composition, now))
+                elif not composition.has_preempted:
+                    break  # else a preemption made room for those who wait
+        return plans
+
+    def _commit(self, composition: Composition, now: float) -> LanePlan:
+        """The only place where a plan changes requests, pages and rows."""
+        lane, pages = composition.lane, self._pages
+        for request, match in composition.admissions:
+            pages.take_match(request, match)
+        admissions, resets, copies, copy_sources = self._commit_admissions(composition, now)
+
+        scheduled: list[ScheduledRequest] = []
+        requests: list[Request] = []
+        no_pages = pages.no_pages
+        for request, num_tokens in composition.shares:
+            start = request.next_start
+            stop = start + num_tokens
+            new_pages = pages.extend(request, stop) if stop > request.page_capacity else no_pages
+            samples = stop == request.num_expected_tokens
+            request.next_start = stop
+            if samples:
+                request.num_expected_tokens = stop + 1
+            request.num_plans_in_flight += 1
+            request.lane = lane
+            share = (request.request_id, request.row, start, num_tokens, new_pages, samples)
+            scheduled.append(make_tuple(ScheduledRequest, share))
+            requests.append(request)
+
+        self._num_plans += 1
+        plan = LanePlan(
+            plan_id=self._num_plans,
+            lane=lane,
+            share=self.config.lane_shares[lane],
+            program="step",
+            node_range=None,
+            requests=tuple(scheduled),
+            admissions=tuple(admissions),
+            resets=tuple(resets),
+            copies=tuple(copies),
+        )
+        self._lanes[lane].append(Flight(plan, requests, copy_sources))
+        return plan
+
+    def _commit_admissions(
+        self, composition: Composition, now: float
+    ) -> tuple[list[Admission], list[PageTableReset], list[PageCopy], list[PrefixNode]]:
+        admissions: list[Admission] = []
+        resets: list[PageTableReset] = []
+        copies: list[PageCopy] = []
+        copy_sources: list[PrefixNode] = []
+        for request, match in composition.admissions:
+            if match is not None and match.copy_node is not None:
+                copies.extend(self._pages.copy_matched_part(request, match.copy_node))
+                copy_sources.append(match.copy_node)
+            request.row = row = self._free_rows.pop()
+            request.status = RUNNING
+            self._running.add(request)
+            if request.first_scheduled_s is None:
+                # A resume finds its own pages; counting them would flatter the hit rate.
+                request.first_scheduled_s = now
+                request.num_cached_tokens = request.num_computed_tokens
+                self._num_prefix_query_tokens += request.num_prompt_tokens
+                self._num_prefix_hit_tokens += request.num_computed_tokens
+            admissions.append(
+                Admission(
+                    request.request_id,
+                    row,
+                    request.known_token_ids(),
+                    request.num_prompt_tokens,
+                    request.num_computed_tokens,
+                )
+            )
+            resets.append(PageTableReset(row, tuple(tuple(table) for table in request.pages)))
+        return admissions, resets, copies, copy_sources

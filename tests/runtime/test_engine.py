@@ -1,0 +1,131 @@
+"""The engine thread: messages in, deltas out; everything that it takes comes back."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import numpy as np
+import pytest
+from tests.kit.engines import load, running_engine
+from tests.kit.tiny_models import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    path, _ = write_tiny_model("llama", tmp_path_factory.mktemp("llama"))
+    return path, load(path, max_model_len=256)
+
+
+def random_prompt(loaded, low=1, high=120) -> list[int]:
+    rng = np.random.default_rng()
+    return rng.integers(0, loaded.config.vocab_size, int(rng.integers(low, high))).tolist()
+
+
+def test_a_thousand_requests_a_third_aborted_leave_nothing_behind(tiny):
+    path, loaded = tiny
+    rng = random.Random()
+    with running_engine(path, loaded=loaded, max_model_len=256, max_num_seqs=16, max_num_batched_tokens=64) as engine:
+        ids, doomed = [], set()
+        for _ in range(1000):
+            ids.append(engine.submit(random_prompt(loaded), max_tokens=rng.randint(1, 24)))
+            if rng.random() < 1 / 3:
+                doomed.add(ids[-1])
+            for victim in rng.sample(sorted(doomed), min(2, len(doomed))):  # queued, in prefill, in decode, or over
+                if rng.random() < 0.2:
+                    engine.engine.abort(victim)
+            if rng.random() < 0.05:
+                time.sleep(0.002)
+        for victim in doomed:
+            engine.engine.abort(victim)
+        answers = {id: engine.wait(id) for id in ids}
+        for id, answer in answers.items():
+            assert answer.finish_reason in (("abort", "length") if id in doomed else ("length",)), (id, answer)
+        assert engine.engine.wait_idle(30)
+        stats = engine.engine.stats()
+        assert stats["num_requests_running"] == stats["num_requests_waiting"] == 0
+        engine.engine.check_integrity()
+
+
+def test_an_abort_takes_effect_within_a_step(tiny):
+    path, loaded = tiny
+    with running_engine(path, loaded=loaded, max_model_len=256) as engine:
+        id = engine.submit(random_prompt(loaded, 5, 10), max_tokens=200)
+        engine.wait_until(lambda: len(engine.answers[id].token_ids) >= 3)
+        steps_before = engine.engine.stats()["steps"]
+        engine.engine.abort(id, "client gone")
+        answer = engine.wait(id)
+        assert answer.finish_reason == "client gone"
+        # the step that ran, the one queued behind it, and those that completed before the abort was read
+        assert engine.engine.stats()["steps"] - steps_before <= 4
+
+
+def test_stop_token_ids_end_a_request_and_min_tokens_hold_them_off(tiny):
+    path, loaded = tiny
+    prompt = random_prompt(loaded, 10, 20)
+    with running_engine(path, loaded=loaded, max_model_len=256) as engine:
+        (free,) = engine.run([prompt], max_tokens=12)
+        stop = free[5]
+        first = free.index(stop)
+        answer = engine.wait(engine.submit(prompt, max_tokens=12, stop_token_ids=(stop,)))
+        assert (answer.token_ids, answer.finish_reason) == (free[: first + 1], "stop")
+        held = engine.wait(engine.submit(prompt, max_tokens=12, stop_token_ids=(stop,), min_tokens=10))
+        assert len(held.token_ids) >= 10 and stop not in held.token_ids[:10]
+
+
+def test_logprobs_come_with_every_token(tiny):
+    path, loaded = tiny
+    with running_engine(path, loaded=loaded, max_model_len=256) as engine:
+        answer = engine.wait(engine.submit(random_prompt(loaded), max_tokens=6, logprobs=3))
+    assert len(answer.logprobs) == 6
+    for token, entry in zip(answer.token_ids, answer.logprobs, strict=True):
+        assert entry.token_id == token and entry.rank == 1 and len(entry.top) == 3
+        assert entry.top[0] == (token, pytest.approx(entry.logprob))
+        assert [p for _, p in entry.top] == sorted((p for _, p in entry.top), reverse=True)
+
+
+def test_lower_priority_numbers_run_first(tiny):
+    path, loaded = tiny
+    with running_engine(path, loaded=loaded, max_model_len=256, max_num_seqs=1, policy="priority") as engine:
+        running = engine.submit(random_prompt(loaded), max_tokens=100)
+        engine.wait_until(lambda: engine.answers[running].token_ids)
+        late = engine.submit(random_prompt(loaded), max_tokens=2, priority=5)
+        urgent = engine.submit(random_prompt(loaded), max_tokens=2, priority=-5)
+        engine.wait(urgent)
+        assert engine.answers[late].finish_reason is None
+        engine.wait(late)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "message"),
+    [
+        ([], {}, "got 0 tokens"),
+        ([0] * 256, {}, "got 256 tokens, wanted 1 to 255"),
+        ([10**7], {}, "token id outside"),
+        ([-1], {}, "token id outside"),
+        ([1], {"logit_bias": ((10**7, 1.0),)}, "logit_bias"),
+    ],
+)
+def test_bad_requests_end_with_an_error_and_the_engine_lives(tiny, prompt, sampling, message):
+    path, loaded = tiny
+    with running_engine(path, loaded=loaded, max_model_len=256) as engine:
+        answer = engine.wait(engine.submit(prompt, **sampling))
+        assert answer.finish_reason == "error" and message in answer.error
+        assert len(engine.run([random_prompt(loaded)], max_tokens=3)[0]) == 3
+
+
+def test_shutdown_ends_requests_in_flight(tiny):
+    path, loaded = tiny
+    with running_engine(path, loaded=loaded, max_model_len=256) as engine:
+        ids = [engine.submit(random_prompt(loaded), max_tokens=100) for _ in range(20)]
+        engine.wait_until(lambda: any(engine.answers[id].token_ids for id in ids))
+        engine.engine.shutdown()
+        assert all(engine.answers[id].finish_reason in ("abort", "length") for id in ids)
+
+
+def test_shutdown_with_drain_lets_them_finish(tiny):
+    path, loaded = tiny
+    with running_engine(path, loaded=loaded, max_model_len=256) as engine:
+        ids = [engine.submit(random_prompt(loaded), max_tokens=10) for _ in range(5)]
+        engine.engine.shutdown(drain_seconds=60)
+        assert all(engine.answers[id].finish_reason == "length" for id in ids)
