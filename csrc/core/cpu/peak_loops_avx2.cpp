@@ -41,13 +41,19 @@ double fp32_multiply_adds(int64_t iterations) {
   return 2.0 * 8 * kChains * static_cast<double>(iterations);
 }
 
+// The hardware prefetcher alone reached half of this: it stops at the end of each page.
+constexpr int kPrefetchBytes = 5120;
+
 double read(const std::byte* data, size_t bytes) {
   __m256i sums[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
-  for (size_t offset = 0; offset < bytes; offset += 1024)
+  for (size_t offset = 0; offset < bytes; offset += 1024) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) __builtin_prefetch(data + offset + kPrefetchBytes + i * 64);
 #pragma GCC unroll 32
     for (int i = 0; i < 32; ++i)
       sums[i % 4] =
           _mm256_add_epi64(sums[i % 4], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + offset + i * 32)));
+  }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) PARTITA_KEEP(sums[i]);
   return static_cast<double>(bytes);
