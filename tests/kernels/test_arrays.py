@@ -117,7 +117,7 @@ class TestAccepted:
 class TestRefused:
     @pytest.mark.parametrize("x", [None, 1.0, [[1.0]], "text", {"a": 1}, object()])
     def test_things_that_are_no_array(self, x):
-        with pytest.raises(TypeError, match="x: got .*wanted an array"):
+        with pytest.raises(TypeError, match=r"x: got .*wanted an array"):
             normed(x)
 
     @pytest.mark.parametrize("make", [lambda x: x, torch.from_numpy])
@@ -162,7 +162,7 @@ class TestRefused:
             torch.zeros(1, 8).expand(2, 8),
             memoryview(wide)[::2],
         ):
-            with pytest.raises(ValueError, match="x: got a strided array|x: got shape"):
+            with pytest.raises(ValueError, match=r"x: got a strided array|x: got shape"):
                 normed(x)
 
     def test_wrong_number_of_dimensions(self):
@@ -200,16 +200,18 @@ class TestRefused:
         elsewhere = only(
             None, __dlpack__=lambda self: pytest.fail("not to be asked"), __dlpack_device__=lambda self: (2, 0)
         )
-        with pytest.raises(ValueError, match="x: got an array on DLPack device type 2 .CUDA., wanted one in CPU memory"):
+        with pytest.raises(
+            ValueError, match=r"x: got an array on DLPack device type 2 \(CUDA\), wanted one in CPU memory"
+        ):
             normed(elsewhere)
 
     def test_a_tensor_that_refuses_to_be_exported(self):
-        with pytest.raises(ValueError, match="x: .*grad"):
+        with pytest.raises(ValueError, match=r"x: .*grad"):
             normed(torch.zeros(2, 8, requires_grad=True))
 
     def test_a_capsule_that_is_none(self):
         for wrong in (None, 5):
-            with pytest.raises(TypeError, match="x: got .*__dlpack__"):
+            with pytest.raises(TypeError, match=r"x: got .*__dlpack__"):
                 normed(only(None, __dlpack__=lambda self, wrong=wrong: wrong))
 
     def test_a_lying_array_interface(self):
