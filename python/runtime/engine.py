@@ -61,7 +61,7 @@ class Engine:
         self._fatal: str | None = None
         self._is_closing = False
         self._outstanding_lock = threading.Lock()
-        self._num_outstanding = 0  # submitted, no finish_reason yet
+        self._outstanding: dict[str, int] = {}  # request id -> submissions without a finish_reason yet
         self._idle = threading.Event()
         self._idle.set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -72,10 +72,15 @@ class Engine:
     def submit(self, message: Submit) -> None:
         """Queues a request; its Deltas follow until one carries a finish_reason."""
         with self._outstanding_lock:
-            self._num_outstanding += 1
-            self._idle.clear()
-        self._inbox.append(message)
-        self._runner.completions.notify()
+            fatal = self._fatal
+            if fatal is None:
+                self._outstanding[message.request_id] = self._outstanding.get(message.request_id, 0) + 1
+                self._idle.clear()
+                self._inbox.append(message)
+        if fatal is None:
+            self._runner.completions.notify()
+        else:
+            self._on_deltas([Delta(message.request_id, finish_reason="error", error=fatal)])
 
     def abort(self, request_id: str, reason: str = "abort") -> None:
         """Ends a request at the next step boundary; nothing happens when it has ended."""
@@ -124,49 +129,63 @@ class Engine:
             self._abort_all("abort")
         except Exception as error:  # the loop itself is broken: say so to everybody instead of hanging them
             logger.exception("engine thread failed")
-            self._fatal = f"{type(error).__name__}: {error}"
-            self._on_deltas(
-                [Delta(id, finish_reason="error", error="the engine stopped") for id in (*self._sampling, *self._pending_ids())]
-            )
+            with self._outstanding_lock:
+                self._fatal = f"the engine stopped: {type(error).__name__}: {error}"
+                request_ids = list(self._outstanding)
+            self._publish([Delta(id, finish_reason="error", error=self._fatal) for id in request_ids])
             self._idle.set()
 
     def _step(self) -> None:
         """One turn: sleep until something happened, tell the scheduler, launch what it plans, say what came of it."""
         completions = self._runner.completions.wait_any(1.0)
         now = time.monotonic()
+        events: list = []
         deltas: list[Delta] = []
+        logprobs: dict[str, list] = {}
         for completion in completions:
-            result, logprobs, plan = self._runner.finish(completion, self._logprob_requests.__contains__)
-            if self._trace is not None:
-                self._trace.add(completion, plan)
-            self._launch(self._scheduler.on_event(LaneFinished(result), now), deltas)
-            self._take_outputs(deltas, logprobs)
-            self._num_steps += 1
-            self._num_step_tokens += plan.num_tokens
-            self._last_step_s = now
+            events.append(LaneFinished(self._finish(completion, now, logprobs)))
         while self._inbox:
-            self._receive(self._inbox.popleft(), now, deltas)
+            event = self._event_of(self._inbox.popleft(), deltas)
+            if event is not None:
+                events.append(event)
+        if events:
+            self._launch(self._scheduler.on_events(events, now))
+            self._take_outputs(deltas, logprobs)
         self._publish(deltas)
 
     def _publish(self, deltas: list[Delta]) -> None:
         if deltas:
             self._on_deltas(deltas)
         with self._outstanding_lock:
-            self._num_outstanding -= sum(delta.finish_reason is not None for delta in deltas)
-            if self._num_outstanding == 0 and not self._runner.num_in_flight:
+            for delta in deltas:
+                if delta.finish_reason is not None:
+                    num_left = self._outstanding.pop(delta.request_id, 1) - 1
+                    if num_left:
+                        self._outstanding[delta.request_id] = num_left
+            if not self._outstanding and not self._runner.num_in_flight:
                 self._idle.set()
 
-    def _receive(self, message: Submit | Abort, now: float, deltas: list[Delta]) -> None:
+    def _finish(self, completion: dict, now: float, logprobs: dict[str, list]):
+        """A completion's LaneResult; its log probabilities join those of this turn."""
+        result, step_logprobs, plan = self._runner.finish(completion, self._logprob_requests.__contains__)
+        for request_id, entry in step_logprobs.items():
+            logprobs.setdefault(request_id, []).append(entry)
+        if self._trace is not None:
+            self._trace.add(completion, plan)
+        self._num_steps += 1
+        self._num_step_tokens += plan.num_tokens
+        self._last_step_s = now
+        return result
+
+    def _event_of(self, message: Submit | Abort, deltas: list[Delta]):
+        """The scheduler's event; None when the request was refused here, with a Delta that says why."""
         if isinstance(message, Abort):
-            event = AbortRequest(message.request_id, message.reason)
-        else:
-            try:
-                event = Arrival(self._request_of(message))
-            except (ValueError, TypeError) as error:
-                deltas.append(Delta(message.request_id, finish_reason="error", error=str(error)))
-                return
-        self._launch(self._scheduler.on_event(event, now), deltas)
-        self._take_outputs(deltas, {})
+            return AbortRequest(message.request_id, message.reason)
+        try:
+            return Arrival(self._request_of(message))
+        except (ValueError, TypeError) as error:
+            deltas.append(Delta(message.request_id, finish_reason="error", error=str(error)))
+            return None
 
     def _request_of(self, message: Submit) -> Request:
         """The scheduler's view of a request; its native sampling parameters are kept for admission."""
@@ -196,7 +215,7 @@ class Engine:
             self._logprob_requests.add(message.request_id)
         return request
 
-    def _launch(self, plans, deltas: list[Delta]) -> None:
+    def _launch(self, plans) -> None:
         for plan in plans:
             for admission in plan.admissions:
                 self._runner.admit(
@@ -209,7 +228,9 @@ class Engine:
             request_id = output.request_id
             token_logprobs = None
             if output.token_ids and request_id in self._logprob_requests:
-                token_logprobs = (logprobs[request_id],)
+                entries = logprobs[request_id]
+                token_logprobs = tuple(entries[: len(output.token_ids)])
+                del entries[: len(output.token_ids)]
             deltas.append(
                 Delta(
                     request_id, output.token_ids, token_logprobs, output.finish_reason, output.stop_token_id,
@@ -222,13 +243,12 @@ class Engine:
                 self._num_prompt_tokens.pop(request_id, None)
                 self._logprob_requests.discard(request_id)
 
-    def _pending_ids(self) -> list[str]:
-        return [message.request_id for message in self._inbox if isinstance(message, Submit)]
-
     def _abort_all(self, reason: str) -> None:
         deltas: list[Delta] = []
         now = time.monotonic()
-        for request_id in (*self._sampling, *self._pending_ids()):
+        with self._outstanding_lock:
+            request_ids = list(self._outstanding)
+        for request_id in request_ids:
             deltas.append(Delta(request_id, finish_reason=reason))
             self._scheduler.on_event(AbortRequest(request_id, reason), now)
         self._inbox.clear()
