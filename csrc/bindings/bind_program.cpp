@@ -34,6 +34,16 @@ GateActivation parse_gate(const std::string& gate) {
   throw_value_error("gate: got '", gate, "', wanted '', 'silu' or 'gelu_tanh'");
 }
 
+// Owns a Python object for native code that may let go of it on a thread without the GIL.
+std::shared_ptr<const void> owned_by_native(const SharedWeight& weight) {
+  auto* held = new SharedWeight(weight);
+  return {held, [](const void* pointer) {
+            if (!Py_IsInitialized()) return;  // at exit the interpreter took its objects along
+            const py::gil_scoped_acquire gil;
+            delete static_cast<const SharedWeight*>(pointer);
+          }};
+}
+
 // None -> empty; else a contiguous fp32 vector.
 std::vector<float> vector_argument(const py::object& object, const char* name) {
   if (object.is_none()) return {};
@@ -101,12 +111,12 @@ void register_program_class(py::module_& module) {
            },
            py::arg("name"))
       .def("add_embedding",
-           [](Program& program, std::string name, const WeightArgument& table, float scale, BufferId output) {
-             PARTITA_CHECK(row_floats(program, output, "output") >= table.weight().in_features, "output: rows hold ",
-                           row_floats(program, output, "output"), " floats, wanted ", table.weight().in_features);
-             return program.add_node(
-                 std::move(name), -1,
-                 std::make_unique<EmbeddingOp>(table.weight(), table.shared_owner(), scale, output), {}, {output});
+           [](Program& program, std::string name, const SharedWeight& table, float scale, BufferId output) {
+             PARTITA_CHECK(row_floats(program, output, "output") == table->weight.in_features, "output: rows hold ",
+                           row_floats(program, output, "output"), " floats, wanted ", table->weight.in_features);
+             return program.add_node(std::move(name), -1,
+                                     std::make_unique<EmbeddingOp>(table->weight, owned_by_native(table), scale, output),
+                                     {}, {output});
            },
            py::arg("name"), py::arg("table"), py::arg("scale"), py::arg("output"))
       .def("add_linear",
@@ -181,13 +191,19 @@ void register_program_class(py::module_& module) {
            },
            py::arg("name"), py::arg("input"), py::arg("output"))
       .def("add_sampling",
-           [](Program& program, std::string name, int64_t vocab_size, float soft_cap, BufferId logits) {
-             PARTITA_CHECK(row_floats(program, logits, "logits") == vocab_size, "logits: rows hold ",
-                           row_floats(program, logits, "logits"), " floats, wanted ", vocab_size);
-             return program.add_node(std::move(name), -1, std::make_unique<SamplingOp>(vocab_size, soft_cap, logits),
-                                     {logits}, {});
+           [](Program& program, std::string name, BufferId logits) {
+             const int64_t vocab_size = row_floats(program, logits, "logits");
+             return program.add_node(std::move(name), -1, std::make_unique<SamplingOp>(vocab_size, logits), {logits},
+                                     {});
            },
-           py::arg("name"), py::arg("vocab_size"), py::arg("soft_cap"), py::arg("logits"))
+           py::arg("name"), py::arg("logits"))
+      .def("add_soft_cap",
+           [](Program& program, std::string name, float cap, BufferId logits) {
+             const int64_t vocab_size = row_floats(program, logits, "logits");
+             return program.add_node(std::move(name), -1, std::make_unique<SoftCapOp>(vocab_size, cap, logits),
+                                     {logits}, {logits});
+           },
+           py::arg("name"), py::arg("cap"), py::arg("logits"))
       .def("seal", &Program::seal)
       .def_property_readonly("num_nodes", &Program::num_nodes)
       .def_property_readonly("head_node", &Program::head_node, "First node after the layers: logits and sampling.")

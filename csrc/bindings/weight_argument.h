@@ -1,33 +1,25 @@
-// runtime._native.Weight: a matrix as its file holds it, with the Python object that owns the bytes.
+// A bound Weight: the borrowed matrix together with the Python object whose memory it is.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <memory>
-#include <utility>
+#include <vector>
 
+#include "bindings/array_argument.h"
 #include "gemm/gemm.h"
 
 namespace partita::bindings {
 
-class WeightArgument {
- public:
-  WeightArgument(Weight weight, pybind11::object owner) : weight_(std::move(weight)), owner_(std::move(owner)) {}
-
-  const Weight& weight() const { return weight_; }
-
-  // Keeps the bytes alive from native code that may let go on a thread without the GIL.
-  std::shared_ptr<const void> shared_owner() const {
-    auto* held = new pybind11::object(owner_);
-    return std::shared_ptr<const void>(held, [](const void* pointer) {
-      const pybind11::gil_scoped_acquire gil;
-      delete static_cast<const pybind11::object*>(pointer);
-    });
-  }
-
- private:
-  Weight weight_;
-  pybind11::object owner_;
+struct WeightArgument {
+  ArrayArgument array;  // keeps the memory alive
+  Weight weight;
 };
+
+using SharedWeight = std::shared_ptr<WeightArgument>;
+
+inline std::vector<Weight> borrowed_weights(const std::vector<SharedWeight>& arguments) {
+  std::vector<Weight> weights;
+  for (const SharedWeight& argument : arguments) weights.push_back(argument->weight);
+  return weights;
+}
 
 }  // namespace partita::bindings

@@ -46,11 +46,12 @@ enum class GateActivation : uint8_t { kNone, kSilu, kGeluTanh };
 
 // What happens to the sums before they are stored.
 struct LinearEpilogue {
-  float* out = nullptr;             // [T, N] fp32, N = out_features (gated: of one half)
-  int64_t out_stride = 0;           // floats between tokens
-  const float* bias = nullptr;      // [out_features] or null
-  bool add_to_out = false;          // out += instead of out = (residual)
-  GateActivation gate = GateActivation::kNone;  // first half of the segments is gate, second half up: out = f(gate) * up
+  float* out = nullptr;         // [T, N] fp32, N = out_features (gated: of one half)
+  int64_t out_stride = 0;       // floats between tokens
+  const float* bias = nullptr;  // [out_features] or null
+  bool add_to_out = false;      // out += instead of out = (residual)
+  GateActivation gate =
+      GateActivation::kNone;  // first half of the segments is gate, second half up: out = f(gate) * up
 };
 
 class PackedLinear {
@@ -60,8 +61,8 @@ class PackedLinear {
   int64_t out_features = 0;  // all segments together
   int64_t in_features = 0;
   ActivationType activation_type = ActivationType::kF32;
-  std::string kernel;        // chosen candidate
-  std::string reason;        // one line per candidate: chosen, or why not
+  std::string kernel;  // chosen candidate
+  std::string reason;  // one line per candidate: chosen, or why not
   virtual size_t packed_bytes() const = 0;
 
   // A prepared row is one token's input in the form the kernel reads; rows do not depend on each other.

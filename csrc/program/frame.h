@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "attention/attention.h"
+#include "attention/attention_plan.h"
 #include "core/aligned_buffer.h"
 #include "program/kv_arena.h"
 #include "program/program.h"

@@ -60,6 +60,8 @@ class Engine:
         self._last_step_s = time.monotonic()
         self._fatal: str | None = None
         self._is_closing = False
+        self._outstanding_lock = threading.Lock()
+        self._outstanding: dict[str, int] = {}  # request id -> submissions without a finish_reason yet
         self._idle = threading.Event()
         self._idle.set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -69,9 +71,16 @@ class Engine:
 
     def submit(self, message: Submit) -> None:
         """Queues a request; its Deltas follow until one carries a finish_reason."""
-        self._idle.clear()
-        self._inbox.append(message)
-        self._runner.completions.notify()
+        with self._outstanding_lock:
+            fatal = self._fatal
+            if fatal is None:
+                self._outstanding[message.request_id] = self._outstanding.get(message.request_id, 0) + 1
+                self._idle.clear()
+                self._inbox.append(message)
+        if fatal is None:
+            self._runner.completions.notify()
+        else:
+            self._on_deltas([Delta(message.request_id, finish_reason="error", error=fatal)])
 
     def abort(self, request_id: str, reason: str = "abort") -> None:
         """Ends a request at the next step boundary; nothing happens when it has ended."""
@@ -80,8 +89,14 @@ class Engine:
 
     def stats(self) -> dict:
         """Counters and gauges for /metrics."""
+        scheduler = self._scheduler.stats()
         return {
-            **self._scheduler.metrics(),
+            "num_requests_running": scheduler.num_running,
+            "num_requests_waiting": scheduler.num_waiting + len(self._inbox),
+            "kv_cache_usage": scheduler.kv_usage,
+            "num_preemptions": scheduler.num_preemptions,
+            "prefix_queries": scheduler.num_prefix_query_tokens,
+            "prefix_hits": scheduler.num_prefix_hit_tokens,
             "steps": self._num_steps,
             "step_tokens": self._num_step_tokens,
             "last_step_age_s": time.monotonic() - self._last_step_s,
@@ -114,44 +129,63 @@ class Engine:
             self._abort_all("abort")
         except Exception as error:  # the loop itself is broken: say so to everybody instead of hanging them
             logger.exception("engine thread failed")
-            self._fatal = f"{type(error).__name__}: {error}"
-            self._on_deltas(
-                [Delta(id, finish_reason="error", error="the engine stopped") for id in (*self._sampling, *self._pending_ids())]
-            )
+            with self._outstanding_lock:
+                self._fatal = f"the engine stopped: {type(error).__name__}: {error}"
+                request_ids = list(self._outstanding)
+            self._publish([Delta(id, finish_reason="error", error=self._fatal) for id in request_ids])
             self._idle.set()
 
     def _step(self) -> None:
         """One turn: sleep until something happened, tell the scheduler, launch what it plans, say what came of it."""
         completions = self._runner.completions.wait_any(1.0)
         now = time.monotonic()
+        events: list = []
         deltas: list[Delta] = []
+        logprobs: dict[str, list] = {}
         for completion in completions:
-            result, logprobs, plan = self._runner.finish(completion, self._logprob_requests.__contains__)
-            if self._trace is not None:
-                self._trace.add(completion, plan)
-            self._launch(self._scheduler.on_event(LaneFinished(result), now), deltas)
-            self._take_outputs(deltas, logprobs)
-            self._num_steps += 1
-            self._num_step_tokens += plan.num_tokens
-            self._last_step_s = now
+            events.append(LaneFinished(self._finish(completion, now, logprobs)))
         while self._inbox:
-            self._receive(self._inbox.popleft(), now, deltas)
+            event = self._event_of(self._inbox.popleft(), deltas)
+            if event is not None:
+                events.append(event)
+        if events:
+            self._launch(self._scheduler.on_events(events, now))
+            self._take_outputs(deltas, logprobs)
+        self._publish(deltas)
+
+    def _publish(self, deltas: list[Delta]) -> None:
         if deltas:
             self._on_deltas(deltas)
-        if not self._inbox and not self._sampling and not self._runner.num_in_flight:
-            self._idle.set()
+        with self._outstanding_lock:
+            for delta in deltas:
+                if delta.finish_reason is not None:
+                    num_left = self._outstanding.pop(delta.request_id, 1) - 1
+                    if num_left:
+                        self._outstanding[delta.request_id] = num_left
+            if not self._outstanding and not self._runner.num_in_flight:
+                self._idle.set()
 
-    def _receive(self, message: Submit | Abort, now: float, deltas: list[Delta]) -> None:
+    def _finish(self, completion: dict, now: float, logprobs: dict[str, list]):
+        """A completion's LaneResult; its log probabilities join those of this turn."""
+        result, step_logprobs, plan = self._runner.finish(completion, self._logprob_requests.__contains__)
+        for request_id, entry in step_logprobs.items():
+            logprobs.setdefault(request_id, []).append(entry)
+        if self._trace is not None:
+            self._trace.add(completion, plan)
+        self._num_steps += 1
+        self._num_step_tokens += plan.num_tokens
+        self._last_step_s = now
+        return result
+
+    def _event_of(self, message: Submit | Abort, deltas: list[Delta]):
+        """The scheduler's event; None when the request was refused here, with a Delta that says why."""
         if isinstance(message, Abort):
-            event = AbortRequest(message.request_id, message.reason)
-        else:
-            try:
-                event = Arrival(self._request_of(message))
-            except (ValueError, TypeError) as error:
-                deltas.append(Delta(message.request_id, finish_reason="error", error=str(error)))
-                return
-        self._launch(self._scheduler.on_event(event, now), deltas)
-        self._take_outputs(deltas, {})
+            return AbortRequest(message.request_id, message.reason)
+        try:
+            return Arrival(self._request_of(message))
+        except (ValueError, TypeError) as error:
+            deltas.append(Delta(message.request_id, finish_reason="error", error=str(error)))
+            return None
 
     def _request_of(self, message: Submit) -> Request:
         """The scheduler's view of a request; its native sampling parameters are kept for admission."""
@@ -167,13 +201,8 @@ class Engine:
             raise ValueError(f"prompt: got a token id outside 0 to {self.config.vocab_size - 1}")
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.config.eos_token_ids)
         seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed % 2**64
-        native = _native.SamplingParams(
-            temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p,
-            presence_penalty=sampling.presence_penalty, frequency_penalty=sampling.frequency_penalty,
-            repetition_penalty=sampling.repetition_penalty, seed=seed,
-            num_logprobs=-1 if sampling.logprobs is None else sampling.logprobs, min_tokens=sampling.min_tokens,
-            stop_token_ids=sorted(stop_ids), logit_bias=list(sampling.logit_bias),
-        )  # fmt: skip
+        native = _native_sampling(sampling, seed, stop_ids)
+        native.check(self.config.vocab_size)
         request = Request(
             message.request_id, message.prompt_token_ids,
             max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
@@ -186,7 +215,7 @@ class Engine:
             self._logprob_requests.add(message.request_id)
         return request
 
-    def _launch(self, plans, deltas: list[Delta]) -> None:
+    def _launch(self, plans) -> None:
         for plan in plans:
             for admission in plan.admissions:
                 self._runner.admit(
@@ -199,7 +228,9 @@ class Engine:
             request_id = output.request_id
             token_logprobs = None
             if output.token_ids and request_id in self._logprob_requests:
-                token_logprobs = (logprobs[request_id],)
+                entries = logprobs[request_id]
+                token_logprobs = tuple(entries[: len(output.token_ids)])
+                del entries[: len(output.token_ids)]
             deltas.append(
                 Delta(
                     request_id, output.token_ids, token_logprobs, output.finish_reason, output.stop_token_id,
@@ -212,13 +243,12 @@ class Engine:
                 self._num_prompt_tokens.pop(request_id, None)
                 self._logprob_requests.discard(request_id)
 
-    def _pending_ids(self) -> list[str]:
-        return [message.request_id for message in self._inbox if isinstance(message, Submit)]
-
     def _abort_all(self, reason: str) -> None:
         deltas: list[Delta] = []
         now = time.monotonic()
-        for request_id in (*self._sampling, *self._pending_ids()):
+        with self._outstanding_lock:
+            request_ids = list(self._outstanding)
+        for request_id in request_ids:
             deltas.append(Delta(request_id, finish_reason=reason))
             self._scheduler.on_event(AbortRequest(request_id, reason), now)
         self._inbox.clear()
@@ -226,6 +256,17 @@ class Engine:
         while self._runner.num_in_flight:  # lanes finish what they hold: frames must not die under them
             for completion in self._runner.completions.wait_any(1.0):
                 self._runner.finish(completion, lambda _request_id: False)
-        if deltas:
-            self._on_deltas(deltas)
-        self._idle.set()
+        self._publish(deltas)
+
+
+def _native_sampling(sampling, seed: int, stop_token_ids: frozenset[int]):
+    """runtime.SamplingParams as the sampling node reads them; lengths and stop strings stay with others."""
+    native = _native.SamplingParams()
+    for name in ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+        setattr(native, name, getattr(sampling, name))
+    native.seed = seed
+    native.num_logprobs = -1 if sampling.logprobs is None else sampling.logprobs
+    native.min_tokens = sampling.min_tokens
+    native.stop_token_ids = sorted(stop_token_ids)
+    native.logit_bias = list(sampling.logit_bias)
+    return native

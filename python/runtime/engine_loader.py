@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger("partita.engine")
@@ -135,12 +136,9 @@ def load_engine(args, on_deltas: Callable):
             from runtime.chat_template import ChatTemplate
             from runtime.tokenizer import Tokenizer
 
-            source = args.tokenizer or checkpoint
-            built["tokenizer"] = (
-                Tokenizer.from_checkpoint(source) if source is checkpoint else Tokenizer.from_path(source)
-            )
-            text = _template_text(args.chat_template) if args.chat_template else checkpoint.chat_template
-            built["template"] = ChatTemplate.for_tokenizer(text, built["tokenizer"]) if text else None
+            source = _with_overrides(checkpoint, args)
+            built["tokenizer"] = Tokenizer.from_checkpoint(source)
+            built["template"] = ChatTemplate.from_checkpoint(source, built["tokenizer"])
         except BaseException as error:
             built["error"] = error
 
@@ -159,6 +157,23 @@ def load_engine(args, on_deltas: Callable):
         trace = StepTrace(loaded.program.node_names)
     engine = start_engine(loaded, args, on_deltas, trace)
     return engine, built["tokenizer"], built["template"], loaded.config
+
+
+def _with_overrides(checkpoint, args):
+    """The checkpoint with the tokenizer folder and chat template that the flags name in place of its own."""
+    from runtime.loading.checkpoint import TokenizerSource, read_json
+
+    if args.tokenizer:
+        path = Path(args.tokenizer)
+        folder = path.parent if path.name == "tokenizer.json" else path
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"tokenizer: got {args.tokenizer!r}, wanted a tokenizer.json or a folder that holds one")
+        settings = folder / "tokenizer_config.json"
+        source = TokenizerSource("hf", folder, checkpoint.key, config=read_json(settings) if settings.is_file() else {})
+        checkpoint = replace(checkpoint, tokenizer_source=source)
+    if args.chat_template:
+        checkpoint = replace(checkpoint, chat_template=_template_text(args.chat_template))
+    return checkpoint
 
 
 def _template_text(path_or_text: str) -> str:

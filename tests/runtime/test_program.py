@@ -35,7 +35,9 @@ class Bench:
         self.groups = plan.num_groups
 
     def admit(self, row: int, tokens) -> None:
-        self.rows.admit(row, array("i", tokens), len(tokens), _native.SamplingParams(temperature=0.0))
+        sampling = _native.SamplingParams()
+        sampling.temperature = 0.0
+        self.rows.admit(row, array("i", tokens), len(tokens), sampling)
         for group in range(self.groups):
             first = (row * self.groups + group) * self.pages
             self.rows.set_pages(row, group, 0, list(range(first, first + self.pages)), self.arena.num_pages)

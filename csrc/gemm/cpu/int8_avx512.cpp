@@ -1,0 +1,281 @@
+// int8 matmul on VNNI. Weights are the unsigned operand of vpdpbusd (16 rows x 4 inputs per register), activations
+// the signed one, broadcast from memory 4 at a time.
+//
+// One accumulation order for all shapes: the int32 dot of a group is exact, then
+//   acc = fma(float(dot), weight_scale * activation_scale, acc);  acc = fma(min, scaled_sum, acc)
+// over groups in ascending order, in one fp32 accumulator per (token, row).
+#if defined(__x86_64__)
+// GCC 12 calls the deliberately undefined operand of its own intrinsics uninitialised (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+
+#include "gemm/kernels.h"
+
+namespace partita {
+namespace {
+
+constexpr int kMaxPackedTokens = 8;  // read straight from packed tiles, unpacked in registers
+constexpr int kTileTokens = 6;       // x 2 tiles of rows: 12 int32 + 12 fp32 accumulators
+constexpr int kBlockGroups = 24;     // K block of unpacked weights: 30 KB, so that it stays in L1
+
+struct Parameters {
+  __m512 scale[2];  // Q6_K: of each half group
+  __m512 min;
+};
+
+__m512 load_halves(const std::byte* halves) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
+}
+__m512 load_unsigned_bytes(const std::byte* bytes) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+}
+__m512 load_signed_bytes(const std::byte* bytes) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+}
+__m512i load_line(const std::byte* line) { return _mm512_load_si512(line); }
+__m512i broadcast_i32(const void* value) { return _mm512_set1_epi32(*static_cast<const int32_t*>(value)); }
+__m512 broadcast_f32(const float* value) { return _mm512_set1_ps(*value); }
+
+constexpr bool is_nibble(WeightFormat format) {
+  return format == WeightFormat::kQ4_0 || format == WeightFormat::kQ4_1 || format == WeightFormat::kQ4_K;
+}
+constexpr bool has_min(WeightFormat format) { return format == WeightFormat::kQ4_1 || format == WeightFormat::kQ4_K; }
+constexpr int num_halves(WeightFormat format) { return format == WeightFormat::kQ6_K ? 2 : 1; }
+
+// Where in an ActivationGroup the int32 start of a symmetric format's dot lies.
+constexpr int start_offset(WeightFormat format) {
+  return format == WeightFormat::kQ4_0   ? static_cast<int>(offsetof(ActivationGroup, start_zero8))
+         : format == WeightFormat::kQ5_0 ? static_cast<int>(offsetof(ActivationGroup, start_zero16))
+         : format == WeightFormat::kQ8_0 ? static_cast<int>(offsetof(ActivationGroup, start_zero128))
+                                         : static_cast<int>(offsetof(ActivationGroup, start_zero32));
+}
+
+template <WeightFormat F>
+Parameters load_parameters(const TileLayout& layout, const std::byte* tile, int64_t group) {
+  Parameters parameters;
+  const std::byte* record = tile + layout.parameter_offset + group * (F == WeightFormat::kQ4_1 ? 64 : 32);
+  if constexpr (F == WeightFormat::kQ4_K) {
+    const std::byte* super = tile + layout.super_offset + group / 8 * 64;
+    parameters.scale[0] = _mm512_mul_ps(load_halves(super), load_unsigned_bytes(record));
+    const __m512 min = _mm512_mul_ps(load_halves(super + 32), load_unsigned_bytes(record + 16));
+    parameters.min = _mm512_xor_ps(min, _mm512_set1_ps(-0.0f));
+  } else if constexpr (F == WeightFormat::kQ6_K) {
+    const __m512 super = load_halves(tile + layout.super_offset + group / 8 * 32);
+    parameters.scale[0] = _mm512_mul_ps(super, load_signed_bytes(record));
+    parameters.scale[1] = _mm512_mul_ps(super, load_signed_bytes(record + 16));
+  } else {
+    parameters.scale[0] = load_halves(record);
+    if constexpr (F == WeightFormat::kQ4_1) parameters.min = load_halves(record + 32);
+  }
+  return parameters;
+}
+
+// The eight registers of codes of one group.
+template <WeightFormat F>
+inline __attribute__((always_inline)) void load_codes(const std::byte* tile, int64_t group, __m512i* codes) {
+  if constexpr (is_nibble(F)) {
+    const __m512i mask = _mm512_set1_epi8(0x0f);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512i packed = load_line(tile + group * 256 + i * 64);
+      codes[2 * i] = _mm512_and_si512(packed, mask);
+      codes[2 * i + 1] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) codes[i] = load_line(tile + group * 512 + i * 64);
+  }
+}
+
+// Few tokens: one pass over a packed tile as it lies in memory.
+template <WeightFormat F, int T>
+void dot_packed_tile(const TileLayout& layout, const std::byte* tile, const std::byte* prepared, int64_t row_bytes,
+                     float* sums, int64_t sums_stride) {
+  constexpr int kHalves = num_halves(F);
+  constexpr int kSteps = 8 / kHalves;
+  __m512 acc[T];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) acc[t] = _mm512_setzero_ps();
+  const int64_t num_groups = layout.num_groups;
+  for (int64_t g = 0; g < num_groups; ++g) {
+    __m512i codes[8];
+    load_codes<F>(tile, g, codes);
+    const Parameters parameters = load_parameters<F>(layout, tile, g);
+    const std::byte* group = prepared + g * sizeof(ActivationGroup);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const std::byte* activation = group + t * row_bytes;
+      const auto* record = reinterpret_cast<const ActivationGroup*>(activation);
+#pragma GCC unroll 2
+      for (int h = 0; h < kHalves; ++h) {
+        __m512i dot = has_min(F) ? _mm512_setzero_si512() : broadcast_i32(activation + start_offset(F) + 4 * h);
+#pragma GCC unroll 8
+        for (int j = h * kSteps; j < (h + 1) * kSteps; ++j)
+          dot = _mm512_dpbusd_epi32(dot, codes[j], broadcast_i32(activation + 4 * j));
+        const __m512 scale = _mm512_mul_ps(parameters.scale[h], broadcast_f32(&record->scale));
+        acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, acc[t]);
+      }
+      if constexpr (has_min(F)) acc[t] = _mm512_fmadd_ps(parameters.min, broadcast_f32(&record->scaled_sum), acc[t]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) _mm512_storeu_ps(sums + t * sums_stride, acc[t]);
+}
+
+// An unpacked group of R tiles: [8][R] lines of u8 codes, [halves][R][16] fp32 scales, [R][16] fp32 mins.
+template <WeightFormat F>
+constexpr int unpacked_group_bytes(int num_tiles) {
+  return num_tiles * (512 + 64 * num_halves(F) + (has_min(F) ? 64 : 0));
+}
+
+template <WeightFormat F, int R>
+void unpack_groups(const TileLayout& layout, const std::byte* tiles, int64_t first_group, int64_t num_groups,
+                   std::byte* unpacked) {
+  for (int64_t g = first_group; g < first_group + num_groups; ++g, unpacked += unpacked_group_bytes<F>(R)) {
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      const std::byte* tile = tiles + r * layout.tile_bytes;
+      __m512i codes[8];
+      load_codes<F>(tile, g, codes);
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) _mm512_store_si512(unpacked + (j * R + r) * 64, codes[j]);
+      const Parameters parameters = load_parameters<F>(layout, tile, g);
+      auto* floats = reinterpret_cast<float*>(unpacked + 512 * R);
+      constexpr int kHalves = num_halves(F);
+#pragma GCC unroll 2
+      for (int h = 0; h < kHalves; ++h) _mm512_store_ps(floats + (h * R + r) * 16, parameters.scale[h]);
+      if constexpr (has_min(F)) _mm512_store_ps(floats + (kHalves * R + r) * 16, parameters.min);
+    }
+  }
+}
+
+// Many tokens: R tiles x T tokens over one K block of unpacked weights.
+template <WeightFormat F, int R, int T>
+void dot_unpacked(const std::byte* unpacked, int64_t num_groups, const std::byte* prepared, int64_t row_bytes,
+                  float* sums, int64_t sums_stride, bool is_first_block) {
+  constexpr int kHalves = num_halves(F);
+  constexpr int kSteps = 8 / kHalves;
+  __m512 acc[T][R];
+#pragma GCC unroll 6
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r)
+      acc[t][r] = is_first_block ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + t * sums_stride + r * 16);
+  for (int64_t g = 0; g < num_groups; ++g) {
+    const auto* floats = reinterpret_cast<const float*>(unpacked + 512 * R);
+#pragma GCC unroll 2
+    for (int h = 0; h < kHalves; ++h) {
+      __m512i dot[T][R];
+#pragma GCC unroll 6
+      for (int t = 0; t < T; ++t) {
+        const __m512i start =
+            has_min(F) ? _mm512_setzero_si512() : broadcast_i32(prepared + t * row_bytes + start_offset(F) + 4 * h);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) dot[t][r] = start;
+      }
+#pragma GCC unroll 8
+      for (int j = h * kSteps; j < (h + 1) * kSteps; ++j) {
+        __m512i codes[R];
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) codes[r] = load_line(unpacked + (j * R + r) * 64);
+#pragma GCC unroll 6
+        for (int t = 0; t < T; ++t) {
+          const __m512i activation = broadcast_i32(prepared + t * row_bytes + 4 * j);
+#pragma GCC unroll 2
+          for (int r = 0; r < R; ++r) dot[t][r] = _mm512_dpbusd_epi32(dot[t][r], codes[r], activation);
+        }
+      }
+#pragma GCC unroll 6
+      for (int t = 0; t < T; ++t) {
+        const auto* record = reinterpret_cast<const ActivationGroup*>(prepared + t * row_bytes);
+        const __m512 activation_scale = broadcast_f32(&record->scale);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) {
+          const __m512 scale = _mm512_mul_ps(_mm512_load_ps(floats + (h * R + r) * 16), activation_scale);
+          acc[t][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[t][r]), scale, acc[t][r]);
+        }
+        if constexpr (has_min(F)) {
+          const __m512 scaled_sum = broadcast_f32(&record->scaled_sum);
+#pragma GCC unroll 2
+          for (int r = 0; r < R; ++r)
+            acc[t][r] = _mm512_fmadd_ps(_mm512_load_ps(floats + (kHalves * R + r) * 16), scaled_sum, acc[t][r]);
+        }
+      }
+    }
+    unpacked += unpacked_group_bytes<F>(R);
+    prepared += sizeof(ActivationGroup);
+  }
+#pragma GCC unroll 6
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) _mm512_storeu_ps(sums + t * sums_stride + r * 16, acc[t][r]);
+}
+
+template <WeightFormat F>
+void multiply_few_tokens(const TileProduct& p) {
+  using Dot = void (*)(const TileLayout&, const std::byte*, const std::byte*, int64_t, float*, int64_t);
+  static constexpr Dot kDots[kMaxPackedTokens] = {dot_packed_tile<F, 1>, dot_packed_tile<F, 2>, dot_packed_tile<F, 3>,
+                                                  dot_packed_tile<F, 4>, dot_packed_tile<F, 5>, dot_packed_tile<F, 6>,
+                                                  dot_packed_tile<F, 7>, dot_packed_tile<F, 8>};
+  const Dot dot = kDots[p.num_tokens - 1];
+  for (int64_t i = 0; i < p.num_tiles; ++i)
+    dot(*p.layout, p.tiles + i * p.layout->tile_bytes, p.prepared, p.prepared_row_bytes, p.sums + i * kTileRows,
+        p.sums_stride);
+}
+
+template <WeightFormat F, int R>
+void multiply_unpacked(const TileProduct& p, int64_t first_tile) {
+  using Dot = void (*)(const std::byte*, int64_t, const std::byte*, int64_t, float*, int64_t, bool);
+  static constexpr Dot kDots[kTileTokens] = {dot_unpacked<F, R, 1>, dot_unpacked<F, R, 2>, dot_unpacked<F, R, 3>,
+                                             dot_unpacked<F, R, 4>, dot_unpacked<F, R, 5>, dot_unpacked<F, R, 6>};
+  static_assert(kBlockGroups * unpacked_group_bytes<F>(2) <= static_cast<int>(kTileScratchBytes), "scratch too small");
+  const TileLayout& layout = *p.layout;
+  const int64_t num_blocks = (layout.num_groups + kBlockGroups - 1) / kBlockGroups;
+  const int64_t num_token_tiles = (p.num_tokens + kTileTokens - 1) / kTileTokens;
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    const int64_t first_group = layout.num_groups * block / num_blocks;
+    const int64_t num_groups = layout.num_groups * (block + 1) / num_blocks - first_group;
+    unpack_groups<F, R>(layout, p.tiles + first_tile * layout.tile_bytes, first_group, num_groups, p.scratch);
+    for (int64_t i = 0; i < num_token_tiles; ++i) {
+      const int64_t token = p.num_tokens * i / num_token_tiles;
+      const int64_t tile_tokens = p.num_tokens * (i + 1) / num_token_tiles - token;
+      kDots[tile_tokens - 1](
+          p.scratch, num_groups, p.prepared + token * p.prepared_row_bytes + first_group * sizeof(ActivationGroup),
+          p.prepared_row_bytes, p.sums + token * p.sums_stride + first_tile * kTileRows, p.sums_stride, block == 0);
+    }
+  }
+}
+
+template <WeightFormat F>
+void multiply(const TileProduct& p) {
+  if (p.num_tokens <= kMaxPackedTokens) return multiply_few_tokens<F>(p);
+  int64_t tile = 0;
+  for (; tile + 2 <= p.num_tiles; tile += 2) multiply_unpacked<F, 2>(p, tile);
+  if (tile < p.num_tiles) multiply_unpacked<F, 1>(p, tile);
+}
+
+}  // namespace
+
+void multiply_int8_avx512(const TileProduct& product) {
+  switch (product.layout->format) {
+    case WeightFormat::kQ4_0:
+      return multiply<WeightFormat::kQ4_0>(product);
+    case WeightFormat::kQ4_1:
+      return multiply<WeightFormat::kQ4_1>(product);
+    case WeightFormat::kQ5_0:
+      return multiply<WeightFormat::kQ5_0>(product);
+    case WeightFormat::kQ8_0:
+      return multiply<WeightFormat::kQ8_0>(product);
+    case WeightFormat::kQ4_K:
+      return multiply<WeightFormat::kQ4_K>(product);
+    case WeightFormat::kQ6_K:
+      return multiply<WeightFormat::kQ6_K>(product);
+    default:  // select.cpp gives float weights to the bf16 kernels
+      return;
+  }
+}
+
+}  // namespace partita
+
+#endif  // __x86_64__

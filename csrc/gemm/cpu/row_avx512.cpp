@@ -1,0 +1,172 @@
+// A token's row before the matmul (RMS norm, conversion) and its sums after it (bias, gate, residual).
+// Every step is the same sequence of correctly rounded operations as in row_portable.cpp: equal bits.
+#if defined(__x86_64__)
+// GCC 12 calls the deliberately undefined operand of its own intrinsics uninitialised (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+
+#include "gemm/kernels.h"
+
+namespace partita {
+namespace {
+
+constexpr int kLanes = 16;
+
+__mmask16 tail_mask(int64_t left) {
+  return left >= kLanes ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << left) - 1u);
+}
+
+__m512 upper_half_to_lower(__m512 v) { return _mm512_shuffle_f32x4(v, v, _MM_SHUFFLE(1, 0, 3, 2)); }
+
+// 1 / sqrt(mean(x^2) + eps): 32 running sums (lane = k mod 32), then halved pairwise.
+float inverse_rms(const float* x, int64_t count, float eps) {
+  __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+  for (int64_t k = 0; k < count; k += 2 * kLanes) {
+    const __m512 a = _mm512_maskz_loadu_ps(tail_mask(count - k), x + k);
+    even = _mm512_fmadd_ps(a, a, even);
+    if (k + kLanes >= count) continue;
+    const __m512 b = _mm512_maskz_loadu_ps(tail_mask(count - k - kLanes), x + k + kLanes);
+    odd = _mm512_fmadd_ps(b, b, odd);
+  }
+  __m512 v = _mm512_add_ps(even, odd);
+  v = _mm512_add_ps(v, upper_half_to_lower(v));
+  v = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, _MM_SHUFFLE(0, 0, 0, 1)));
+  __m128 q = _mm512_castps512_ps128(v);
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  q = _mm_add_ss(q, _mm_shuffle_ps(q, q, 1));
+  const __m128 mean = _mm_div_ss(q, _mm_set_ss(static_cast<float>(count)));
+  return _mm_cvtss_f32(_mm_div_ss(_mm_set_ss(1.0f), _mm_sqrt_ss(_mm_add_ss(mean, _mm_set_ss(eps)))));
+}
+
+// The 16 inputs at k, normalised if there is a norm; zero past the end.
+struct RowReader {
+  const float* x;
+  const float* norm_weight;
+  __m512 factor;
+  RowReader(const float* row, const float* weight, float eps, int64_t count) : x(row), norm_weight(weight) {
+    factor = _mm512_set1_ps(weight ? inverse_rms(row, count, eps) : 1.0f);
+  }
+  __m512 load(int64_t k, __mmask16 mask) const {
+    const __m512 value = _mm512_maskz_loadu_ps(mask, x + k);
+    if (!norm_weight) return value;
+    return _mm512_mul_ps(_mm512_mul_ps(value, factor), _mm512_maskz_loadu_ps(mask, norm_weight + k));
+  }
+};
+
+int32_t sum_4(__m128i v) {
+  v = _mm_add_epi32(v, _mm_shuffle_epi32(v, _MM_SHUFFLE(1, 0, 3, 2)));
+  v = _mm_add_epi32(v, _mm_shuffle_epi32(v, _MM_SHUFFLE(2, 3, 0, 1)));
+  return _mm_cvtsi128_si32(v);
+}
+
+void quantize_group(__m512 low, __m512 high, ActivationGroup* group) {
+  // The maximum of the magnitudes' bit patterns: a NaN is above all numbers and so reaches the scale.
+  const __m512i magnitude_mask = _mm512_set1_epi32(0x7fffffff);
+  __m512i m = _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(low), magnitude_mask),
+                               _mm512_and_si512(_mm512_castps_si512(high), magnitude_mask));
+  __m256i m8 = _mm256_max_epu32(_mm512_castsi512_si256(m), _mm512_extracti64x4_epi64(m, 1));
+  __m128i m4 = _mm_max_epu32(_mm256_castsi256_si128(m8), _mm256_extracti128_si256(m8, 1));
+  m4 = _mm_max_epu32(m4, _mm_shuffle_epi32(m4, _MM_SHUFFLE(1, 0, 3, 2)));
+  m4 = _mm_max_epu32(m4, _mm_shuffle_epi32(m4, _MM_SHUFFLE(2, 3, 0, 1)));
+  const float absmax = _mm_cvtss_f32(_mm_castsi128_ps(m4));
+  const bool is_zero = absmax < kMinAbsmax;
+  const float scale = is_zero ? 0.0f : absmax / 127.0f;
+  const __m512 inverse = _mm512_set1_ps(is_zero ? 0.0f : 127.0f / absmax);
+  const __m128i codes_low = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(low, inverse)));
+  const __m128i codes_high = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(high, inverse)));
+  _mm_store_si128(reinterpret_cast<__m128i*>(group->codes), codes_low);
+  _mm_store_si128(reinterpret_cast<__m128i*>(group->codes + 16), codes_high);
+  const __m128i ones = _mm_set1_epi8(1);
+  const int32_t sum_low = sum_4(_mm_dpbusd_epi32(_mm_setzero_si128(), ones, codes_low));
+  const int32_t sum_high = sum_4(_mm_dpbusd_epi32(_mm_setzero_si128(), ones, codes_high));
+  const int32_t sum = sum_low + sum_high;
+  group->scale = scale;
+  group->scaled_sum = scale * static_cast<float>(sum);
+  group->start_zero8 = -8 * sum;
+  group->start_zero16 = -16 * sum;
+  group->start_zero128 = -128 * sum;
+  group->start_zero32[0] = -32 * sum_low;
+  group->start_zero32[1] = -32 * sum_high;
+  group->sum = sum;
+}
+
+// e^x to about 1e-7 relative on [-87, 88], clamped outside: Cody-Waite reduction, Cephes' polynomial.
+__m512 exponential(__m512 x) {
+  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
+  __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), x);
+  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
+  const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+  return _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23)));
+}
+
+// silu(x) = x / (1 + e^-x); gelu_tanh(x) = x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3)
+__m512 activate(GateActivation gate, __m512 x) {
+  const __m512 zero = _mm512_setzero_ps();
+  __m512 z = _mm512_sub_ps(zero, x);
+  if (gate == GateActivation::kGeluTanh) {
+    const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.0f));
+    z = _mm512_mul_ps(_mm512_mul_ps(z, cubic), _mm512_set1_ps(1.5957691216057308f));
+  }
+  return _mm512_div_ps(x, _mm512_add_ps(exponential(z), _mm512_set1_ps(1.0f)));
+}
+
+}  // namespace
+
+void prepare_int8_row_avx512(const float* x, const float* norm_weight, float norm_eps, int64_t in_features,
+                             std::byte* prepared) {
+  const RowReader row(x, norm_weight, norm_eps, in_features);
+  auto* groups = reinterpret_cast<ActivationGroup*>(prepared);
+  for (int64_t k = 0; k < in_features; k += kGroupValues)
+    quantize_group(row.load(k, 0xffff), row.load(k + kLanes, 0xffff), groups + k / kGroupValues);
+}
+
+void prepare_bf16_row_avx512(const float* x, const float* norm_weight, float norm_eps, int64_t in_features,
+                             std::byte* prepared) {
+  const RowReader row(x, norm_weight, norm_eps, in_features);
+  for (int64_t k = 0; k < in_features; k += 2 * kLanes) {
+    const __m512 low = row.load(k, tail_mask(in_features - k));
+    const int64_t left = in_features - k - kLanes;
+    const __m512 high = left > 0 ? row.load(k + kLanes, tail_mask(left)) : _mm512_setzero_ps();
+    _mm512_store_si512(prepared + 2 * k, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+}
+
+void prepare_f32_row_avx512(const float* x, const float* norm_weight, float norm_eps, int64_t in_features,
+                            std::byte* prepared) {
+  const RowReader row(x, norm_weight, norm_eps, in_features);
+  auto* out = reinterpret_cast<float*>(prepared);
+  for (int64_t k = 0; k < in_features; k += kLanes) _mm512_store_ps(out + k, row.load(k, tail_mask(in_features - k)));
+}
+
+void store_sums_avx512(const SumsStore& s) {
+  for (int64_t t = 0; t < s.num_tokens; ++t) {
+    const float* sums = s.sums + t * s.sums_stride;
+    const float* up_sums = s.up_sums ? s.up_sums + t * s.sums_stride : nullptr;
+    float* out = s.out + t * s.out_stride;
+    for (int64_t r = 0; r < s.num_rows; r += kLanes) {
+      const __mmask16 mask = tail_mask(s.num_rows - r);
+      __m512 value = _mm512_maskz_loadu_ps(mask, sums + r);
+      if (s.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, s.bias + r));
+      if (up_sums) {
+        __m512 up = _mm512_maskz_loadu_ps(mask, up_sums + r);
+        if (s.up_bias) up = _mm512_add_ps(up, _mm512_maskz_loadu_ps(mask, s.up_bias + r));
+        value = _mm512_mul_ps(activate(s.gate, value), up);
+      }
+      if (s.add_to_out) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, out + r));
+      _mm512_mask_storeu_ps(out + r, mask, value);
+    }
+  }
+}
+
+}  // namespace partita
+
+#endif  // __x86_64__

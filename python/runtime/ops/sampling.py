@@ -1,0 +1,57 @@
+"""From logits to a token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from runtime import _native
+
+#: The native sampling parameters of one request: temperature, top_p, min_p, top_k, presence_penalty,
+#: frequency_penalty, repetition_penalty, seed, num_logprobs, min_tokens, stop_token_ids [ids],
+#: logit_bias [(id, bias)]; ``check(vocab_size)`` raises ValueError for a bad one. See csrc/sampling/sampling.h.
+SamplingParams = _native.SamplingParams
+
+#: What sample_token returns: token, and with num_logprobs >= 0 also logprob, rank and top [(id, logprob)].
+SampledToken = _native.SampledToken
+
+
+def sample_token(logits: Any, params: SamplingParams, token_ids: Any, num_prompt_tokens: int) -> SampledToken:
+    """Samples the token that follows ``token_ids``.
+
+    The random number is Philox4x32-10 of (params.seed, len(token_ids)): the same arguments always give the same token,
+    on every CPU, whatever else is sampled beside them. A temperature below 1e-5 is greedy; among equal logits the lower
+    id counts as the more likely.
+
+    Args:
+        logits: [V] float32, writable; changed during the call and put back.
+        params: checked against V here.
+        token_ids: [num_tokens] int32, prompt then generated.
+        num_prompt_tokens: how many of them are the prompt.
+
+    Returns:
+        A SampledToken; its token is -1 where the logits hold a NaN or +infinity, or no finite value.
+
+    Raises:
+        TypeError: an array of another dtype, or no array.
+        ValueError: a wrong shape, a read-only array, a parameter out of its range.
+    """
+    return _native.sample_token(logits, params, token_ids, num_prompt_tokens)
+
+
+def sampling_distribution(
+    logits: Any, params: SamplingParams, token_ids: Any, num_prompt_tokens: int
+) -> list[tuple[int, float]]:
+    """What sample_token would draw from: (token id, probability), ascending ids, zero probabilities left out.
+
+    Arguments and errors are sample_token's. Empty where sample_token returns -1.
+    """
+    return _native.sampling_distribution(logits, params, token_ids, num_prompt_tokens)
+
+
+def philox4x32_10(counter: Sequence[int], key: Sequence[int]) -> list[int]:
+    """Four 32-bit random words of a counter of four words under a key of two, least significant word first.
+
+    Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; ten rounds.
+    """
+    return _native.philox4x32_10(counter, key)
