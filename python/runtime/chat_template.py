@@ -56,6 +56,11 @@ class ChatTemplate:
         self._template = _bounded(lambda: environment.from_string(text), "chat template does not compile")
 
     @classmethod
+    def for_tokenizer(cls, text: str, tokenizer: Tokenizer) -> ChatTemplate:
+        """The template with the tokenizer's bos_token, eos_token, ... as its variables."""
+        return cls(text, tokenizer.named_tokens)
+
+    @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatTemplate | None:
         """The model's own template, plain ChatML where its vocabulary has the tokens of it, else None: no chat."""
         text = checkpoint.chat_template
@@ -63,19 +68,7 @@ class ChatTemplate:
             if tokenizer.token_id("<|im_start|>") is None or tokenizer.token_id("<|im_end|>") is None:
                 return None
             text = CHATML_TEMPLATE
-        # The eos of the tokenizer's files, not the first of all end tokens: templates write it after a turn.
-        config = checkpoint.tokenizer_source.config
-        metadata = checkpoint.tokenizer_source.metadata
-        tokens = {"bos_token": tokenizer.token_name(tokenizer.bos_token_id)}
-        for name, key in (("eos", "eos"), ("pad", "padding"), ("unk", "unknown"), ("bos", "bos")):
-            named = config.get(f"{name}_token")
-            named = named.get("content") if isinstance(named, dict) else named
-            token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
-            if named is None and isinstance(token_id, int) and token_id >= 0:
-                named = tokenizer.token_name(token_id)
-            if isinstance(named, str):
-                tokens[f"{name}_token"] = named
-        return cls(text, {name: token for name, token in tokens.items() if token is not None})
+        return cls.for_tokenizer(text, tokenizer)
 
     def render(
         self,

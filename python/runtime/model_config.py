@@ -205,8 +205,9 @@ class _Fields:
     def error(self, name: str, got: object, wanted: str) -> ModelFileError:
         return ModelFileError(self.file, self.prefix + name, got, wanted)
 
-    def get(self, name: str) -> Any:
-        return self.values.get(name)
+    def get(self, name: str, default: Any = None) -> Any:
+        value = self.values.get(name)
+        return default if value is None else value
 
     def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
         value = self.values.get(name)
@@ -248,7 +249,9 @@ class _Fields:
 
 
 def _read_rope_scaling(fields: _Fields, max_position_embeddings: int) -> RopeScaling:
-    kind = fields.get("rope_type") or fields.get("type") or "default"
+    kind = fields.get("rope_type", fields.get("type", "default"))
+    if not isinstance(kind, str):
+        raise fields.error("rope_type", kind, "a string")
     if kind in ("default", "mrope"):  # mrope on text alone is plain RoPE
         return RopeScaling()
     if kind == "dynamic":  # stretches only past max_position_embeddings, where no request is let
@@ -340,7 +343,7 @@ def _from_hf_config(config: Mapping[str, Any], generation_config: Mapping[str, A
     query_pre_attn_scalar = fields.number("query_pre_attn_scalar", 1e-6, 1e9, 256) if is_gemma else head_dim
     has_bias = fields.boolean("attention_bias", False)
     activation_field = "hidden_activation" if is_gemma and fields.get("hidden_activation") else "hidden_act"
-    activation = fields.get(activation_field) or ("gelu_pytorch_tanh" if is_gemma else "silu")
+    activation = fields.get(activation_field, "gelu_pytorch_tanh" if is_gemma else "silu")
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise fields.error(activation_field, activation, f"one of {', '.join(_ACTIVATIONS)}")
     tied = fields if fields.get("tie_word_embeddings") is not None else outer
@@ -457,7 +460,7 @@ def _hf_rope(fields: _Fields, is_gemma: bool, max_positions: int) -> tuple[float
         local_theta = local_rope.number("rope_theta", 1, 1e12, fields.number("rope_local_base_freq", 1, 1e12, 1e4))
     elif local:
         local_theta = local_rope.number("rope_theta", 1, 1e12, theta)
-    local_kind = local_rope.get("rope_type") or "default"
+    local_kind = local_rope.get("rope_type", "default")
     if local and not is_gemma and dict(local) == dict(parameters):
         local_theta = None  # the same for both layer types
     elif local_kind != "default":
@@ -489,7 +492,7 @@ def _embedding_scale(hidden_size: int, dtype: str) -> float:
 def _from_gguf_metadata(metadata: Mapping[str, Any], tensor_names: frozenset[str] | set[str], file: str) -> ModelConfig:
     general = _Fields(metadata, file)
     architecture = general.get("general.architecture")
-    if architecture not in GGUF_ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in GGUF_ARCHITECTURES:
         raise general.error("general.architecture", architecture, f"one of {', '.join(GGUF_ARCHITECTURES)}")
     prefix = f"{architecture}."
     own = {key[len(prefix) :]: value for key, value in metadata.items() if key.startswith(prefix)}
@@ -520,10 +523,7 @@ def _from_gguf_metadata(metadata: Mapping[str, Any], tensor_names: frozenset[str
     window = fields.get("attention.sliding_window")
     if window is not None:
         window = fields.integer("attention.sliding_window", 0, MAX_POSITIONS) or None
-    if is_gemma:
-        layer_types = _gemma3_layer_types(num_layers, 6 if window is not None else 1)
-    else:
-        layer_types = ("full" if window is None else "sliding",) * num_layers
+    layer_types = _gguf_layer_types(fields, is_gemma, num_layers, own.get("attention.sliding_window_pattern"), window)
 
     def token_id(name: str) -> int | None:
         return next(iter(general.token_ids(f"tokenizer.ggml.{name}", vocab_size)), None)
@@ -564,6 +564,22 @@ def _from_gguf_metadata(metadata: Mapping[str, Any], tensor_names: frozenset[str
     return _check_rotary(result, file)
 
 
+def _gguf_layer_types(
+    fields: _Fields, is_gemma: bool, num_layers: int, pattern: Any, window: int | None
+) -> tuple[str, ...]:
+    if window is None:
+        return ("full",) * num_layers
+    if hasattr(pattern, "tolist"):  # one flag per layer: whether it slides
+        flags = pattern.tolist()
+        if len(flags) != num_layers:
+            raise fields.error("attention.sliding_window_pattern", len(flags), f"{num_layers} flags")
+        return tuple("sliding" if flag else "full" for flag in flags)
+    if is_gemma or pattern is not None:
+        period = fields.integer("attention.sliding_window_pattern", 1, MAX_LAYERS, 6)
+        return _gemma3_layer_types(num_layers, period)
+    return ("sliding",) * num_layers
+
+
 def _one_value(value: Any) -> Any:
     """A per-layer array whose elements are all equal stands for its element."""
     if hasattr(value, "tolist") and hasattr(value, "dtype"):
@@ -573,7 +589,7 @@ def _one_value(value: Any) -> Any:
 
 
 def _gguf_rope_scaling(fields: _Fields, max_positions: int) -> RopeScaling:
-    kind = fields.get("rope.scaling.type") or "none"
+    kind = fields.get("rope.scaling.type", "none")
     names = {
         "factor": "rope.scaling.factor",
         "original_max_position_embeddings": "rope.scaling.original_context_length",
@@ -581,7 +597,7 @@ def _gguf_rope_scaling(fields: _Fields, max_positions: int) -> RopeScaling:
         "beta_slow": "rope.scaling.yarn_beta_slow",
     }
     values = {name: fields.get(key) for name, key in names.items() if fields.get(key) is not None}
-    if kind == "none":
+    if isinstance(kind, str) and kind == "none":
         return RopeScaling()
     return _read_rope_scaling(_Fields({**values, "rope_type": kind}, fields.file, fields.prefix), max_positions)
 

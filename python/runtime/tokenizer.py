@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,8 @@ from runtime.loading.errors import ModelFileError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
-    from runtime.loading.checkpoint import Checkpoint
+    from runtime.loading.checkpoint import Checkpoint, TokenizerSource
+    from runtime.model_config import ModelConfig
 
 MAX_TOKENIZER_JSON_BYTES = 256 << 20
 
@@ -77,8 +79,12 @@ class Tokenizer:
         pad_token_id: int | None = None,
         first_ids: Sequence[int] = (),
         last_ids: Sequence[int] = (),
+        named_tokens: Mapping[str, str] | None = None,
     ) -> None:
-        """vocab_size: rows of the embedding table. first_ids, last_ids: added around what the backend encodes."""
+        """vocab_size: rows of the embedding table. first_ids, last_ids: added around what the backend encodes.
+
+        named_tokens: the tokens that chat templates know by role, such as {"eos_token": "<|im_end|>"}.
+        """
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -91,13 +97,20 @@ class Tokenizer:
         self.bos_token_id = bos_token_id
         self.eos_token_ids = tuple(eos_token_ids)
         self.pad_token_id = pad_token_id
+        self.named_tokens = dict(named_tokens or {})
         self._first_ids, self._last_ids = list(first_ids), list(last_ids)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Tokenizer:
         """From a folder's tokenizer.json, or rebuilt from a GGUF file. Raises ModelFileError."""
-        source = checkpoint.tokenizer_source
-        return _from_gguf(checkpoint) if source.kind == "gguf" else _from_folder(checkpoint)
+        return _from_source(checkpoint.tokenizer_source, checkpoint.config)
+
+    @classmethod
+    def from_path(cls, path: str | os.PathLike) -> Tokenizer:
+        """From a folder with tokenizer.json (weights and config.json are not needed) or a GGUF file."""
+        from runtime.loading.checkpoint import open_tokenizer_source
+
+        return _from_source(open_tokenizer_source(path), None)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -177,9 +190,9 @@ class Tokenizer:
         """The id of a token by its name, such as "<|im_end|>"."""
         return self._backend.token_to_id(token)
 
-    def token_name(self, token_id: int | None) -> str | None:
-        """The token's name in the vocabulary, as chat templates want bos_token and eos_token."""
-        return None if token_id is None else self._backend.id_to_token(token_id)
+    def token_name(self, token_id: int) -> str | None:
+        """The token's name in the vocabulary, such as "<|im_end|>" or "Ġhello"; None past its end."""
+        return self._backend.id_to_token(token_id) if token_id >= 0 else None
 
 
 def _decoding_of(backend: Backend) -> tuple[str, bool]:
@@ -200,45 +213,63 @@ def _decoding_of(backend: Backend) -> tuple[str, bool]:
     return "other", False
 
 
-def _from_gguf(checkpoint: Checkpoint) -> Tokenizer:
+def _from_source(source: TokenizerSource, config: ModelConfig | None) -> Tokenizer:
+    """config None: the tokenizer alone, whose own vocabulary is then the bound of its ids."""
+    return _from_gguf(source, config) if source.kind == "gguf" else _from_folder(source, config)
+
+
+def _from_gguf(source: TokenizerSource, config: ModelConfig | None) -> Tokenizer:
     from runtime.loading.gguf_tokenizer import GgufVocabulary, build_tokenizer
 
-    source, config = checkpoint.tokenizer_source, checkpoint.config
     vocabulary = GgufVocabulary(source.metadata, source.path)
     backend = build_tokenizer(vocabulary, source)
-    bos, eos = vocabulary.token_id("bos_token_id"), vocabulary.token_id("eos_token_id")
+    ids = {role: vocabulary.token_id(f"{key}_token_id") for role, key in _GGUF_ROLES.items()}
+    bos, eos = ids["bos"], ids["eos"]
     return Tokenizer(
         backend,
-        vocab_size=config.vocab_size,
+        vocab_size=len(vocabulary.tokens) if config is None else config.vocab_size,
         bos_token_id=bos,
-        eos_token_ids=config.eos_token_ids,
-        pad_token_id=vocabulary.token_id("padding_token_id"),
+        eos_token_ids=config.eos_token_ids if config is not None else () if eos is None else (eos,),
+        pad_token_id=ids["pad"],
         first_ids=[bos] if bos is not None and vocabulary.adds_bos() else [],
         last_ids=[eos] if eos is not None and vocabulary.adds_eos() else [],
+        named_tokens={f"{role}_token": vocabulary.tokens[index] for role, index in ids.items() if index is not None},
     )
 
 
-def _from_folder(checkpoint: Checkpoint) -> Tokenizer:
-    source, config = checkpoint.tokenizer_source, checkpoint.config
+_GGUF_ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+
+
+def _from_folder(source: TokenizerSource, config: ModelConfig | None) -> Tokenizer:
     backend = _load_tokenizer_json(source.path / "tokenizer.json")
-
-    def named(name: str) -> int | None:
-        value = source.config.get(name)
+    names = {}
+    for role in _GGUF_ROLES:
+        value = source.config.get(f"{role}_token")
         token = value.get("content") if isinstance(value, dict) else value
-        return backend.token_to_id(token) if isinstance(token, str) else None
+        if isinstance(token, str):
+            names[f"{role}_token"] = token
 
-    bos, eos = named("bos_token"), named("eos_token")
-    bos = config.bos_token_id if bos is None else bos
-    ends = config.eos_token_ids if eos is None else (*config.eos_token_ids, eos)
+    def id_of(role: str, default: int | None) -> int | None:
+        found = backend.token_to_id(names[f"{role}_token"]) if f"{role}_token" in names else None
+        return default if found is None else found
+
+    bos = id_of("bos", config and config.bos_token_id)
+    eos = id_of("eos", None)
+    ends = [*(config.eos_token_ids if config is not None else ()), *([] if eos is None else [eos])]
+    if bos is not None:
+        names.setdefault("bos_token", backend.id_to_token(bos) or "")
+    if ends:
+        names.setdefault("eos_token", backend.id_to_token(ends[0]) or "")
     # Without a post-processor nothing in tokenizer.json adds the bos that tokenizer_config.json asks for.
     adds_bos = backend.post_processor is None and source.config.get("add_bos_token") is True and bos is not None
     return Tokenizer(
         backend,
-        vocab_size=config.vocab_size,
+        vocab_size=backend.get_vocab_size(with_added_tokens=True) if config is None else config.vocab_size,
         bos_token_id=bos,
         eos_token_ids=tuple(dict.fromkeys(ends)),
-        pad_token_id=config.pad_token_id if named("pad_token") is None else named("pad_token"),
+        pad_token_id=id_of("pad", config and config.pad_token_id),
         first_ids=[bos] if adds_bos else [],
+        named_tokens=names,
     )
 
 

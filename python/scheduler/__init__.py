@@ -1,10 +1,10 @@
 """Scheduling: pure Python, standard library only. The engine and the simulator drive the same objects.
 
-    scheduler = Scheduler(SchedulerConfig(num_pages=1024))
-    plans = scheduler.on_event(Arrival(Request("a", (1, 2, 3), max_tokens=8)), now)
-    ...run each plan...
-    plans = scheduler.on_event(LaneFinished(LaneResult(plan_id, lane, sampled)), now)
-    outputs = scheduler.take_outputs()
+scheduler = Scheduler(SchedulerConfig(num_pages=1024))
+plans = scheduler.on_event(Arrival(Request("a", (1, 2, 3), max_tokens=8)), now)
+...run each plan...
+plans = scheduler.on_event(LaneFinished(LaneResult(plan_id, lane, sampled)), now)
+outputs = scheduler.take_outputs()
 """
 
 from scheduler.config import SchedulerConfig

@@ -1,9 +1,10 @@
 """What the next plan of a lane holds: a pass over running and waiting requests that decides and changes nothing.
 
-The order is Dynamic SplitFuse's: requests with one pending token (decodes) first, then running prefills, then admissions,
-until the token budget is spent. A pass works on a Composition, its own count of tokens, pages and rows handed out;
-Scheduler commits it. Two things leave the pass at once, both harmless if the plan stays empty: an admitted request leaves
-the waiting queue (the composition is always committed), and a preemption, which is a decision of its own.
+The order is Dynamic SplitFuse's: requests with one pending token (decodes) first, then running prefills, then
+admissions, until the token budget is spent. A pass works on a Composition, its own count of tokens, pages and rows
+handed out; Scheduler commits it. Two things leave the pass at once, both harmless if the plan stays empty: an
+admitted request leaves the waiting queue (the composition is always committed), and a preemption, which is a
+decision of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from scheduler.prefix_cache import PrefixMatch
 from scheduler.queues import RunningList, WaitingQueue
 from scheduler.request import Request, RequestStatus
 from scheduler.request_pages import RequestPages
+
+RUNNING = RequestStatus.RUNNING
 
 
 class Composition:
@@ -65,19 +68,19 @@ class Composer:
         return composition
 
     def _compose_running(self, composition: Composition, is_idle: bool) -> None:
-        lane, shares = composition.lane, composition.shares
+        lane, shares, has_lanes = composition.lane, composition.shares, self._has_lanes
         prefills: list[Request] = []
         for request in self._running.snapshot():
             num_expected = request.num_expected_tokens
             if num_expected >= request.max_num_tokens:
                 continue  # its last token is in flight
             start = request.next_start
-            if self._has_lanes and request.num_plans_in_flight and request.lane != lane:
+            if has_lanes and request.num_plans_in_flight and request.lane != lane:
                 continue
             if num_expected - start > 1:
                 prefills.append(request)
                 continue
-            if composition.budget == 0 or request.status is not RequestStatus.RUNNING:
+            if composition.budget == 0 or request.status is not RUNNING:
                 continue
             if start >= request.page_capacity and not self._reserve_for(request, start + 1, composition, is_idle):
                 continue
@@ -87,7 +90,7 @@ class Composer:
         for request in prefills:
             if composition.budget == 0:
                 break
-            if request.status is RequestStatus.RUNNING:
+            if request.status is RUNNING:
                 self._compose_chunk(request, composition, is_idle)
 
     def _compose_chunk(self, request: Request, composition: Composition, is_idle: bool) -> None:
@@ -118,7 +121,11 @@ class Composer:
             return False
         match = pages.match(request)
         start, num_tokens, num_needed = self._admission(request, match, composition.budget)
-        if not admits(num_needed, num_available, is_alone, config) and match is not None and match.copy_node is not None:
+        if (
+            not admits(num_needed, num_available, is_alone, config)
+            and match is not None
+            and match.copy_node is not None
+        ):
             # The copy's source must stay while the copy is made: one page per group more than computing it anew.
             match = pages.without_copy(match)
             start, num_tokens, num_needed = self._admission(request, match, composition.budget)
@@ -148,7 +155,7 @@ class Composer:
         return start, num_tokens, num_pages + (match.num_unlocked_pages if match is not None else 0)
 
     def _fit_alone(self, match: PrefixMatch | None, start: int, num_available: int) -> int:
-        """The largest first chunk for a request that runs alone and must not wait (windowed groups: its pages come back)."""
+        """The largest first chunk for a request that runs alone and must not wait (its window's pages come back)."""
         num_matched = match.num_pages if match is not None else 0
         num_unlocked = match.num_unlocked_pages if match is not None else 0
         num_per_group = (num_available - num_unlocked) // self._pages.num_kv_groups
@@ -158,7 +165,7 @@ class Composer:
         return self._pages.num_available_pages - composition.num_reserved_pages
 
     def _reserve_for(self, request: Request, num_tokens: int, composition: Composition, is_idle: bool) -> bool:
-        """Pages for the running request's table to hold num_tokens positions, from whoever ranks below it if need be."""
+        """Pages for a running request's table to hold num_tokens positions, from who ranks below it if need be."""
         pages = self._pages
         num_missing_tokens = num_tokens - request.page_capacity
         num_needed = pages.pages_to_reach(num_missing_tokens) * pages.num_kv_groups
@@ -184,7 +191,9 @@ class Composer:
             if scheduled is victim:  # it had its share of this plan already, as a decode does before a prefill
                 del composition.shares[position]
                 composition.budget += num_tokens
-                num_reserved = self._pages.pages_to_reach(victim.next_start + num_tokens) - self._pages.pages_to_reach(victim.page_capacity)
+                num_reserved = self._pages.pages_to_reach(victim.next_start + num_tokens) - self._pages.pages_to_reach(
+                    victim.page_capacity
+                )
                 composition.num_reserved_pages -= max(0, num_reserved) * self._pages.num_kv_groups
                 break
         self._preempt(victim)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Limits and sizes, fixed for the scheduler's life. Raises ValueError naming the field, what came, what was wanted."""
+    """Limits and sizes, fixed for life. Raises ValueError naming the field, what came, what was wanted."""
 
     num_pages: int  # of the arena, all KV groups together
     page_size: int = 64  # tokens
@@ -34,7 +34,9 @@ class SchedulerConfig:
         self._check("kv_group_windows", groups_ok, "one entry of 0 or more per KV group")
         lanes_ok = len(self.lane_shares) >= 1 and all(0.0 < share <= 1.0 for share in self.lane_shares)
         self._check("lane_shares", lanes_ok, "one share in (0, 1] per lane")
-        self._check("num_pages", self.num_pages >= self.num_kv_groups, f"at least one page per KV group ({self.num_kv_groups})")
+        self._check(
+            "num_pages", self.num_pages >= self.num_kv_groups, f"at least one page per KV group ({self.num_kv_groups})"
+        )
 
     def _check(self, name: str, is_valid: bool, wanted: str) -> None:
         if not is_valid:

@@ -29,7 +29,9 @@ class PagePool:
         """Takes free pages, each with one holder. Raises ValueError when there are too few."""
         free = self._free
         if num_pages > len(free):
-            raise ValueError(f"PagePool.allocate: got num_pages {num_pages}, wanted at most {len(free)} (the free ones)")
+            raise ValueError(
+                f"PagePool.allocate: got num_pages {num_pages}, wanted at most {len(free)} (the free ones)"
+            )
         page_ids = []
         for _ in range(num_pages):
             page_id = free.pop()
@@ -60,7 +62,7 @@ class PagePool:
         return self._num_holders[page_id] == 0
 
     def check_integrity(self, expected_holders: Mapping[int, int]) -> None:
-        """Every page is free or held, by exactly the expected number of holders. Raises AssertionError, naming the page."""
+        """Every page is free, or held by exactly the expected number. Raises AssertionError naming the page."""
         free = set(self._free)
         if len(free) != len(self._free):
             raise AssertionError("a page is twice in the free list")

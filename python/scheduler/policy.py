@@ -1,8 +1,9 @@
 """Policies: small pure functions, and named presets of them.
 
-A policy decides who comes first, how many tokens a step and a chunk get, whether a request may start, and who gives way
-when pages run out. It never touches state: the scheduler asks and acts. A new policy is a new preset, registered by name;
-it may read anything on the request (ttft_s, tpot_s, deadline_s, user), and replaces only the functions it changes.
+A policy decides who comes first, how many tokens a step and a chunk get, whether a request may start, and who gives
+way when pages run out. It never touches state: the scheduler asks and acts. A new policy is a new preset,
+registered by name; it may read anything on the request (ttft_s, tpot_s, deadline_s, user), and replaces only the
+functions it changes.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """Prefix cache: a radix tree of full, final pages that later requests may read.
 
-One node is one page's worth of tokens: one page id per KV group (all groups together, so a hit is a hit for every layer).
-A node's key is its page's token ids (Python hashes them and compares them), or a key that the request supplies, and then
-the token ids are compared as well; a first-level key carries the namespace. The path from the root is the whole prefix.
+One node is one page's worth of tokens: one page id per KV group (all groups together, so a hit is a hit for every
+layer). A node's key is its page's token ids (Python hashes them and compares them), or a key that the request
+supplies, and then the token ids are compared as well; a first-level key carries the namespace. The path from the
+root is the whole prefix.
 
 Who owns what of a request's positions (page_size S; half-open intervals):
 
     [0, published)            published = num_published_pages * S. On the request's path in the tree. The cache is one
-                              holder of the node's pages; the request holds the pages of its own table: the same ones, or
-                              its own twins where another request published the same tokens first.
+                              holder of the node's pages; the request holds the pages of its own table: the same ones,
+                              or its own twins where another request published the same tokens first.
     [published, computed)     final but not a full page: the request alone holds it.
     [computed, next_start)    in flight: the request alone; never in the tree.
     [next_start, capacity)    pages taken ahead: the request alone.
@@ -34,7 +35,9 @@ class PrefixNode:
         "parent", "key", "tokens", "pages", "children", "copy_children", "num_locks", "last_used", "serial", "is_alive",
     )  # fmt: skip
 
-    def __init__(self, parent: PrefixNode | None, key: Hashable, tokens: tuple[int, ...], pages: tuple[int, ...], serial: int):
+    def __init__(
+        self, parent: PrefixNode | None, key: Hashable, tokens: tuple[int, ...], pages: tuple[int, ...], serial: int
+    ):
         self.parent = parent
         self.key = key
         self.tokens = tokens  # [page_size]
@@ -91,7 +94,7 @@ class PrefixCache:
     # Matching
 
     def match(self, request: Request) -> PrefixMatch:
-        """The longest cached prefix of the request's known tokens, short of the last, which must be left to sample from."""
+        """The longest cached prefix of the known tokens, short of the last one, which is left to sample from."""
         page_size = self._page_size
         max_tokens = request.num_known_tokens - 1
         node, num_pages, num_unlocked = self._root, 0, 0
@@ -151,7 +154,7 @@ class PrefixCache:
 
     def insert(self, node: PrefixNode, request: Request, page_idx: int, pages: tuple[int, ...]) -> PrefixNode | None:
         """The child of `node` for a page of the request that is full and final; made, with the cache as one more holder
-        of `pages`, unless another request came first. The caller locks it. None: a supplied key stands for other tokens.
+        of `pages`, unless another request came first. The caller locks it. None: a supplied key has other tokens.
         """
         start = page_idx * self._page_size
         tokens = request.token_slice(start, start + self._page_size)
@@ -194,7 +197,7 @@ class PrefixCache:
     # Eviction
 
     def evict(self, num_pages: int) -> None:
-        """Frees at least num_pages pages, least recently used leaves first. Raises ValueError when not that many can."""
+        """Frees num_pages pages or more, least recently used leaves first. Raises ValueError if there are too few."""
         if num_pages > self.num_evictable_pages:
             raise ValueError(f"PrefixCache.evict: got {num_pages} pages, wanted at most {self.num_evictable_pages}")
         num_evicted = 0
@@ -225,7 +228,9 @@ class PrefixCache:
     def _push_leaf(self, node: PrefixNode) -> None:
         # A node that is locked and unlocked often leaves entries behind; drop them before they outnumber the nodes.
         if len(self._leaves) > 2 * self._num_nodes + 64:
-            self._leaves = [(used, serial, leaf) for used, serial, leaf in self._leaves if self._is_evictable_leaf(leaf, used)]
+            self._leaves = [
+                (used, serial, leaf) for used, serial, leaf in self._leaves if self._is_evictable_leaf(leaf, used)
+            ]
             heapq.heapify(self._leaves)
         heapq.heappush(self._leaves, (node.last_used, node.serial, node))
 
@@ -264,7 +269,11 @@ class PrefixCache:
             if node.num_locks == 0 and not node.children and node not in current_leaves:
                 raise AssertionError(f"prefix node {node.serial} is an unlocked leaf that eviction cannot find")
             if node.num_locks == 0 and any(self._pool.num_holders(page_id) != 1 for page_id in node.pages):
-                raise AssertionError(f"prefix node {node.serial} is unlocked but its pages {node.pages} have other holders")
+                raise AssertionError(
+                    f"prefix node {node.serial} is unlocked but its pages {node.pages} have other holders"
+                )
         if (num_nodes, num_unlocked) != (self._num_nodes, self._num_unlocked_nodes):
             counted = (self._num_nodes, self._num_unlocked_nodes)
-            raise AssertionError(f"prefix cache: counted (nodes, unlocked) {counted}, found {(num_nodes, num_unlocked)}")
+            raise AssertionError(
+                f"prefix cache: counted (nodes, unlocked) {counted}, found {(num_nodes, num_unlocked)}"
+            )

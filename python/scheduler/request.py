@@ -11,8 +11,9 @@ Legend of lengths (positions, all in tokens; each counter is the end of a half-o
     num_expected_tokens  num_known + one per plan in flight that samples: these positions exist, values may not be here
     max_num_tokens       prompt + max_tokens; the last of them never needs KV
 
-Computed tokens catch up with known tokens: a plan takes [next_start, next_start + n), n <= num_expected - next_start, and
-samples when it reaches num_expected. Prefill, decode, chunk and resume are this one rule at different gaps.
+Computed tokens catch up with known tokens: a plan takes [next_start, next_start + n), n <= num_expected -
+next_start, and samples when it reaches num_expected. Prefill, decode, chunk and resume are this one rule at
+different gaps.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Request:
     priority          lower runs first
     arrival_s         the order among equals of priority, on the clock of `now`
     namespace         prefix-cache namespace (adapter, salt, media): only equal ones share pages
-    page_keys         supplied keys of the prompt's full pages (a trace's hash ids); None: the tokens are the key
+    page_keys         supplied keys of the prompt's full pages, one per page of page_size tokens (from a trace's hash
+                      ids, whose token values nobody knows); None: the tokens are the key
     ttft_s, tpot_s, deadline_s, user    service levels, read by policies; the default policy ignores them
 
     Raises ValueError for a value out of range, TypeError for a prompt that is not a sequence.

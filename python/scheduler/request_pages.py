@@ -3,10 +3,11 @@
 The scheduler asks (`num_available_pages`, `match`, `pages_to_reach`) while it composes a plan, and acts (`take_match`,
 `extend`, `publish`, `release`) when it commits one. Who owns which positions: the table on top of prefix_cache.py.
 
-Windowed KV groups. Every group's page table has the same number of entries. With prefix caching off, a windowed group gives
-a page back as soon as no position that is still to be computed can see it; the entry stays in the table and is not read.
-With prefix caching on it keeps all pages, because a later hit must find the last window of every group at the end of its
-prefix, wherever that lies; the price is that windows then save no memory, which the start-up plan must count on.
+Windowed KV groups. Every group's page table has the same number of entries. With prefix caching off, a windowed
+group gives a page back as soon as no position that is still to be computed can see it; the entry stays in the table
+and is not read. With prefix caching on it keeps all pages, because a later hit must find the last window of every
+group at the end of its prefix, wherever that lies; the price is that windows then save no memory, which the
+start-up plan must count on.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ class RequestPages:
         request.publish_at = NEVER if is_blocked else (page_idx + 1) * self.page_size
 
     def release_outside_windows(self, request: Request) -> None:
-        """Gives back pages that no position from num_computed_tokens on can see; plans in flight start there or later."""
+        """Gives back pages that no position from num_computed_tokens on sees; plans in flight start there or later."""
         for group, window in self._windows:
             first_needed = max(0, request.num_computed_tokens - window + 1) // self.page_size
             num_released = request.num_window_released[group]
@@ -223,4 +224,6 @@ class RequestPages:
         num_live = len(expected) - self.num_evictable_pages
         total = self.num_free_pages + self.num_evictable_pages + num_live
         if total != self.num_pages:
-            raise AssertionError(f"{self.num_free_pages} free + {self.num_evictable_pages} cached + {num_live} live != {self.num_pages}")
+            raise AssertionError(
+                f"{self.num_free_pages} free + {self.num_evictable_pages} cached + {num_live} live != {self.num_pages}"
+            )

@@ -1,14 +1,16 @@
 """The scheduler: events in, plans out.
 
-The rule underneath everything: computed tokens catch up with known tokens. There is no prefill world and no decode world;
-every request has computed tokens and known tokens, a plan hands out tokens so that the first catch up with the second, and
-whoever catches up samples one more. Chunked prefill, prefix hits, resume after preemption and pipelining are this one rule.
+The rule underneath everything: computed tokens catch up with known tokens. There is no prefill world and no decode
+world; every request has computed tokens and known tokens, a plan hands out tokens so that the first catch up with
+the second, and whoever catches up samples one more. Chunked prefill, prefix hits, resume after preemption and
+pipelining are this one rule.
 
     event ──> land / queue / retire ──> for each lane with room: compose (decide) ──> commit (change) ──> LanePlan
 
-Pipelining: a lane holds up to max_plans_in_flight plans. Plan i+1 is made while plan i runs; a decode row of plan i+1 names
-the position whose token plan i is sampling, which is known to exist (num_expected_tokens) though its value is not. When
-plan i's result ends the request, what plan i+1 yields for it is dropped. Ends by length are foreseen, so never overrun.
+Pipelining: a lane holds up to max_plans_in_flight plans. Plan i+1 is made while plan i runs; a decode row of plan
+i+1 names the position whose token plan i is sampling, which is known to exist (num_expected_tokens) though its
+value is not. When plan i's result ends the request, what plan i+1 yields for it is dropped. Ends by length are
+foreseen, so never overrun.
 
 A request that ends or is preempted keeps its row and its pages until no plan in flight names it ("draining").
 Single-threaded: the engine's thread calls everything here.
@@ -17,6 +19,7 @@ Single-threaded: the engine's thread calls everything here.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from scheduler.composer import Composer, Composition
@@ -30,6 +33,7 @@ from scheduler.step import (
     AbortRequest,
     Admission,
     Arrival,
+    CopyDone,
     Event,
     LaneFinished,
     LanePlan,
@@ -37,10 +41,14 @@ from scheduler.step import (
     PageCopy,
     PageTableReset,
     ScheduledRequest,
+    Timer,
     TokenOutput,
 )
 
 RUNNING, PREEMPTED, FINISHED = RequestStatus.RUNNING, RequestStatus.PREEMPTED, RequestStatus.FINISHED
+MISSING = -2  # no token where one was due; -1 is the contract's "the logits were not finite"
+# Builds a named tuple from its fields in order, at half its constructor's price; for the two per request and step.
+make_tuple = tuple.__new__
 
 
 class SchedulerStats(NamedTuple):
@@ -93,15 +101,16 @@ class Scheduler:
         now is the driver's clock in seconds, real or virtual. Raises ValueError for a result of a plan that is not the
         oldest in flight on its lane, and for a request id that is still in use; nothing has changed then.
         """
-        if isinstance(event, LaneFinished):
-            self._land(event.result)
-        elif isinstance(event, Arrival):
-            self._arrive(event.request)
-        elif isinstance(event, AbortRequest):
-            request = self._requests.get(event.request_id)
-            if request is not None:  # else it ended while the abort was on its way
-                self._finish(request, event.reason)
-        # CopyDone and Timer change nothing by themselves: they wake the planner.
+        self._take(event)
+        return self._plan_lanes(now)
+
+    def on_events(self, events: Iterable[Event], now: float) -> list[LanePlan]:
+        """Several events that are due at once, then one round of planning: requests arriving together start together.
+
+        If an event is refused (see on_event), those before it have been taken, it and those after it have not.
+        """
+        for event in events:
+            self._take(event)
         return self._plan_lanes(now)
 
     def take_outputs(self) -> list[TokenOutput]:
@@ -139,7 +148,7 @@ class Scheduler:
         )
 
     def reset_prefix_cache(self) -> None:
-        """No later request reads KV computed before this call (weights or adapters changed). Requests that run go on."""
+        """No later request reads KV computed before this call (the weights changed). Requests that run go on."""
         self._pages.clear_cache()
 
     def check_integrity(self) -> None:
@@ -151,7 +160,9 @@ class Scheduler:
         self._pages.check_integrity(holders)
         rows = [request.row for request in holders] + self._free_rows
         if sorted(rows) != list(range(self.config.max_num_seqs)):
-            raise AssertionError(f"rows held and free {sorted(rows)} are not 0..{self.config.max_num_seqs - 1} once each")
+            raise AssertionError(
+                f"rows held and free {sorted(rows)} are not 0..{self.config.max_num_seqs - 1} once each"
+            )
         in_flight: dict[Request, int] = dict.fromkeys(holders, 0)
         for flights in self._lanes:
             for flight in flights:
@@ -162,6 +173,18 @@ class Scheduler:
                 raise AssertionError(f"{request!r}: {count} plans in flight name it")
 
     # Events
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, LaneFinished):
+            self._land(event.result)
+        elif isinstance(event, Arrival):
+            self._arrive(event.request)
+        elif isinstance(event, AbortRequest):
+            request = self._requests.get(event.request_id)
+            if request is not None:  # else it ended while the abort was on its way
+                self._finish(request, event.reason)
+        elif not isinstance(event, (CopyDone, Timer)):  # those change nothing by themselves: they wake the planner
+            raise TypeError(f"Scheduler: got event {type(event).__name__}, wanted one of scheduler.step.Event")
 
     def _arrive(self, request: Request) -> None:
         if request.request_id in self._requests:
@@ -204,61 +227,47 @@ class Scheduler:
 
         token_of = dict(result.sampled)
         why_failed = dict(result.failed)
-        pages = self._pages
-        for request, scheduled in zip(flight.requests, flight.plan.requests, strict=True):
+        pages, outputs, frees_windows = self._pages, self._outputs, self._pages.frees_windows
+        for request, (request_id, _, _, num_tokens, _, samples) in zip(
+            flight.requests, flight.plan.requests, strict=True
+        ):
             request.num_plans_in_flight -= 1
             if request.status is FINISHED:
                 if request.num_plans_in_flight == 0:
                     self._drained(request)
                 continue
-            token_id = None
-            if scheduled.samples:
-                token_id = token_of.get(scheduled.request_id)
-            error = self._landing_error(scheduled, token_id, why_failed)
-            if error is not None:  # its KV is not to be trusted: nothing of this chunk is counted or published
-                self._finish(request, "error", error)
+            token_id = token_of.get(request_id, MISSING) if samples else 0
+            if token_id < 0 or (why_failed and request_id in why_failed):
+                # Its KV is not to be trusted: nothing of this chunk is counted or published.
+                missing = (
+                    "the lane's result names no token for it" if token_id == MISSING else "the logits were not finite"
+                )
+                self._finish(request, "error", why_failed.get(request_id, missing))
                 continue
-            request.num_computed_tokens += scheduled.num_tokens
-            if request.num_computed_tokens >= request.publish_at:
+
+            num_computed = request.num_computed_tokens = request.num_computed_tokens + num_tokens
+            if num_computed >= request.publish_at:
                 pages.publish(request)
-            if pages.frees_windows:
+            if frees_windows:
                 pages.release_outside_windows(request)
-            if token_id is not None:
-                self._append_token(request, token_id)
+
+            if samples:
+                output_token_ids = request.output_token_ids
+                output_token_ids.append(token_id)
+                num_outputs = len(output_token_ids)
+                finish_reason = stop_token_id = None
+                if token_id in request.stop_token_ids and num_outputs > request.min_tokens:
+                    finish_reason, stop_token_id = "stop", token_id
+                elif num_outputs == request.max_tokens:
+                    finish_reason = "length"
+                first_s = request.first_scheduled_s if num_outputs == 1 else None
+                num_cached = request.num_cached_tokens
+                output = (request_id, (token_id,), finish_reason, stop_token_id, num_cached, None, first_s)
+                outputs.append(make_tuple(TokenOutput, output))
+                if finish_reason is not None:
+                    self._retire(request, finish_reason)
             if request.status is PREEMPTED and request.num_plans_in_flight == 0:
                 self._drained(request)
-
-    @staticmethod
-    def _landing_error(scheduled: ScheduledRequest, token_id: int | None, why_failed: dict[str, str]) -> str | None:
-        if why_failed and scheduled.request_id in why_failed:
-            return why_failed[scheduled.request_id]
-        if not scheduled.samples or (token_id is not None and token_id >= 0):
-            return None
-        return "the lane's result names no token for it" if token_id is None else "the logits were not finite"
-
-    def _append_token(self, request: Request, token_id: int) -> None:
-        outputs = request.output_token_ids
-        outputs.append(token_id)
-        num_outputs = len(outputs)
-        finish_reason = stop_token_id = None
-        if token_id in request.stop_token_ids and num_outputs > request.min_tokens:
-            finish_reason, stop_token_id = "stop", token_id
-        elif num_outputs == request.max_tokens:
-            finish_reason = "length"
-        first_scheduled = request.first_scheduled_s if num_outputs == 1 else None
-        self._outputs.append(
-            TokenOutput(
-                request.request_id,
-                (token_id,),
-                finish_reason,
-                stop_token_id,
-                request.num_cached_tokens,
-                None,
-                first_scheduled,
-            )
-        )
-        if finish_reason is not None:
-            self._retire(request, finish_reason)
 
     # Lives and ends
 
@@ -284,7 +293,7 @@ class Scheduler:
             self._waiting.remove(request)
 
     def _preempt(self, request: Request) -> None:
-        """Preemption by recompute: all known tokens are computed again, as far as the prefix cache has forgotten them."""
+        """Preemption by recompute: known tokens are computed again, as far as the prefix cache forgot them."""
         request.status = PREEMPTED
         request.num_preemptions += 1
         self._num_preemptions += 1
@@ -330,17 +339,19 @@ class Scheduler:
 
         scheduled: list[ScheduledRequest] = []
         requests: list[Request] = []
+        no_pages = pages.no_pages
         for request, num_tokens in composition.shares:
             start = request.next_start
             stop = start + num_tokens
-            new_pages = pages.extend(request, stop) if stop > request.page_capacity else pages.no_pages
+            new_pages = pages.extend(request, stop) if stop > request.page_capacity else no_pages
             samples = stop == request.num_expected_tokens
             request.next_start = stop
             if samples:
                 request.num_expected_tokens = stop + 1
             request.num_plans_in_flight += 1
             request.lane = lane
-            scheduled.append(ScheduledRequest(request.request_id, request.row, start, num_tokens, new_pages, samples))
+            share = (request.request_id, request.row, start, num_tokens, new_pages, samples)
+            scheduled.append(make_tuple(ScheduledRequest, share))
             requests.append(request)
 
         self._num_plans += 1

@@ -9,17 +9,17 @@ What a runner does with a LanePlan, in this order:
     2 resets       the row's page table becomes exactly these pages (one reset per admission, same row)
     3 new_pages    append each scheduled request's new pages to its row's page table
     4 copies       copy whole pages, source to target, before the plan's first node
-    5 nodes        compute tokens [start, start + num_tokens) of each row; where `samples`, sample one token and append it
-                   to the row, so that the next plan, which may already be queued, finds it
+    5 nodes        compute tokens [start, start + num_tokens) of each row; where `samples`, sample one token and append
+                   it to the row, so that the next plan, which may already be queued, finds it
     6 result       LaneFinished(LaneResult) with one (request_id, token id) for every request that samples
 
-Plans of one lane run in the order of their plan_id; results come back in that order. Lanes are independent. A request is
-in flight on one lane at a time. The scheduler may have dropped a request (abort, stop id) whose plan is still queued: the
-runner runs it all the same; what it yields is ignored. Entries of a windowed KV group's page table that lie wholly before
-the window may have been given to others: an attention kernel never reads them.
+Plans of one lane run in the order of their plan_id; results come back in that order. Lanes are independent. A
+request is in flight on one lane at a time. The scheduler may have dropped a request (abort, stop id) whose plan is
+still queued: the runner runs it all the same; what it yields is ignored. Entries of a windowed KV group's page
+table that lie wholly before the window may have been given to others: an attention kernel never reads them.
 
-ScheduledRequest and TokenOutput are named tuples, not dataclasses: one of each is made per request and step, and a tuple
-is built several times faster than a frozen dataclass.
+ScheduledRequest and TokenOutput are named tuples, not dataclasses: one of each is made per request and step, and a
+tuple is built several times faster than a frozen dataclass.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A runner without a model, which knows what every KV slot holds, and a driver that checks the invariants at every event.
+"""A runner without a model, which knows what every KV slot holds, and a driver that checks the invariants at every
+event.
 
 A slot's content is (KV group, hash of namespace and all tokens up to its position): what real KV depends on. Before a
 chunk runs, every slot that its tokens can see must hold exactly that; the next token is a function of the last content,
@@ -9,6 +10,7 @@ Plans run as late as possible, when their result is asked for: a page that was g
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 
 from scheduler import (
@@ -30,7 +32,8 @@ STOP_TOKEN_ID = 5
 
 def contents_of(namespace, token_ids) -> list[int]:
     """[len(token_ids)] what the KV at each position depends on."""
-    contents, content = [], hash(("kv", namespace))
+    # Hashes of ints only: those of strings differ from process to process.
+    contents, content = [], zlib.crc32(repr(namespace).encode())
     for token_id in token_ids:
         content = hash((content, token_id))
         contents.append(content)
@@ -97,7 +100,9 @@ class FakeRunner:
         for scheduled in plan.requests:
             row = self.rows[scheduled.row]
             stop = scheduled.start + scheduled.num_tokens
-            assert scheduled.num_tokens >= 1 and scheduled.start == row.next_position, "positions written once, in order"
+            assert scheduled.num_tokens >= 1 and scheduled.start == row.next_position, (
+                "positions written once, in order"
+            )
             assert stop <= len(row.tokens), "a plan reached for a token that no plan before it samples"
             assert stop <= min(len(table) for table in row.tables) * page_size, "the page table is too short"
             for group, window in enumerate(self.config.kv_group_windows):

@@ -64,6 +64,13 @@ class Checkpoint:
     generation_config: dict[str, Any]
     mappings: tuple[mmap.mmap, ...] = ()  # of the weight files
     norm_offset: float = 0.0  # Hugging Face's Gemma files hold w where the norm multiplies by 1 + w
+    mappings: tuple[mmap.mmap, ...] = ()
+
+    def release_pages(self) -> None:
+        """Takes the files' pages out of resident memory; what is read again comes back from the page cache."""
+        for mapping in self.mappings:
+            if hasattr(mapping, "madvise"):
+                mapping.madvise(mmap.MADV_DONTNEED)
 
     def vector(self, name: str) -> np.ndarray:
         """A norm weight or bias as a new fp32 array [n], in the model's row order, norm_offset added."""
@@ -101,6 +108,17 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if not path.exists():
         raise ModelFileError(path, "no such file or folder")
     return _open_gguf(path)
+
+
+def open_tokenizer_source(path: str | os.PathLike) -> TokenizerSource:
+    """The tokenizer of a folder with tokenizer.json, or of a GGUF file, without looking at weights."""
+    path = Path(path)
+    if path.is_dir():
+        return TokenizerSource("hf", path, "", config=_read_optional_object(path / "tokenizer_config.json"))
+    if path.name == "tokenizer.json":
+        return open_tokenizer_source(path.parent)
+    file = GgufFile(path)
+    return TokenizerSource("gguf", path, _files_key([(path, file.buffer, file.data_offset)]), metadata=file.metadata)
 
 
 def _float_values(tensor: RawTensor) -> np.ndarray:
@@ -309,6 +327,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         generation_config=generation_config,
         mappings=tuple(file.buffer for file in files),
         norm_offset=1.0 if config.family == "gemma3" else 0.0,
+        mappings=tuple(file.buffer for file in files),
     )
 
 

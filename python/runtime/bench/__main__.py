@@ -1,0 +1,5 @@
+import sys
+
+from runtime.bench import main
+
+sys.exit(main())

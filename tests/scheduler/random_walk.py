@@ -1,0 +1,67 @@
+"""A random life of a scheduler, the same for the same seed: arrivals, aborts, results in any order of lanes, cache
+resets."""
+
+from __future__ import annotations
+
+import random
+
+from fake_runner import STOP_TOKEN_ID, VOCAB_SIZE, CheckedScheduler
+from scheduler import Request, SchedulerConfig
+
+
+def random_config(rng: random.Random, **overrides) -> SchedulerConfig:
+    windows = overrides.pop("kv_group_windows", None) or rng.choice([(0,), (0, 6), (5,)])
+    fields = {
+        "num_pages": rng.randint(6, 40) * len(windows),
+        "page_size": 4,
+        "max_num_seqs": rng.randint(1, 5),
+        "max_num_batched_tokens": rng.choice([1, 3, 7, 16, 64]),
+        "max_model_len": 60,
+        "max_prefill_chunk": rng.choice([0, 0, 5]),
+        "max_plans_in_flight": rng.randint(1, 3),
+        "kv_group_windows": windows,
+        "enable_prefix_caching": rng.random() < 0.7,
+        "min_copy_tokens": rng.choice([1, 2, 3]),
+        "watermark": rng.choice([0.0, 0.01, 0.1]),
+        "lane_shares": rng.choice([(1.0,), (0.5, 0.5)]),
+    }
+    return SchedulerConfig(**{**fields, **overrides})
+
+
+def random_request(rng: random.Random, request_id: str, stems: list[list[int]], arrival_s: float) -> Request:
+    shared = rng.choice(stems)[: rng.randint(0, 35)]
+    return Request(
+        request_id,
+        shared + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 8))],
+        max_tokens=rng.randint(1, 20),
+        stop_token_ids=frozenset([STOP_TOKEN_ID]) if rng.random() < 0.7 else frozenset(),
+        min_tokens=rng.choice([0, 0, 3]),
+        priority=rng.choice([0, 0, 1]),
+        arrival_s=arrival_s,
+        namespace=rng.choice(["", "adapter"]),
+    )
+
+
+def walk(seed: int, num_events: int = 150, **overrides) -> CheckedScheduler:
+    """Runs to the end and checks every answer; returns what is left for a test to look at."""
+    rng = random.Random(seed)
+    checked = CheckedScheduler(random_config(rng, **overrides))
+    stems = [[rng.randrange(VOCAB_SIZE) for _ in range(40)] for _ in range(2)]
+    for _ in range(num_events):
+        draw = rng.random()
+        busy = [lane for lane, plans in enumerate(checked.lanes) if plans]
+        if draw < 0.25:
+            checked.arrive(random_request(rng, f"r{len(checked.requests)}", stems, checked.now))
+        elif draw < 0.30 and checked.requests:
+            checked.abort(rng.choice(list(checked.requests)))
+        elif draw < 0.31:
+            checked.scheduler.reset_prefix_cache()
+            checked.check()
+        elif busy:
+            checked.land(rng.choice(busy))
+    checked.run_until_idle()
+    checked.check_answers()
+    stats = checked.scheduler.stats()
+    assert checked.scheduler.is_idle and stats.num_live_pages == 0
+    assert (stats.num_running, stats.num_waiting, stats.num_draining) == (0, 0, 0)
+    return checked

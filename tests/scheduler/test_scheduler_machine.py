@@ -1,0 +1,211 @@
+"""Any sequence of events keeps the invariants, and each invariant's check fails when its mechanism is switched off."""
+
+from unittest import mock
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fake_runner import STOP_TOKEN_ID, VOCAB_SIZE, CheckedScheduler
+from random_walk import walk
+from scheduler import Request, SchedulerConfig
+from scheduler.composer import Composer
+from scheduler.prefix_cache import PrefixCache
+from scheduler.request_pages import RequestPages
+from scheduler.scheduler import Scheduler
+
+STEMS = ([1, 2, 3, 4, 0, 6, 1, 1, 2, 0, 3, 3, 4, 6, 2, 1, 0, 1, 2, 6] * 2, [6, 6, 1, 0, 2, 4, 3, 1] * 5)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """CheckedScheduler checks pages, rows, budgets, positions and KV contents at every event it passes on."""
+
+    @initialize(
+        windows=st.sampled_from([(0,), (0, 6), (5,)]),
+        num_pages=st.integers(5, 24),
+        max_num_seqs=st.integers(1, 4),
+        budget=st.sampled_from([1, 4, 7, 32]),
+        max_prefill_chunk=st.sampled_from([0, 5]),
+        max_plans_in_flight=st.integers(1, 3),
+        has_cache=st.booleans(),
+        num_lanes=st.integers(1, 2),
+        watermark=st.sampled_from([0.0, 0.1]),
+    )
+    def start(
+        self,
+        windows,
+        num_pages,
+        max_num_seqs,
+        budget,
+        max_prefill_chunk,
+        max_plans_in_flight,
+        has_cache,
+        num_lanes,
+        watermark,
+    ):
+        self.checked = CheckedScheduler(
+            SchedulerConfig(
+                num_pages=num_pages * len(windows),
+                page_size=4,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=budget,
+                max_model_len=48,
+                max_prefill_chunk=max_prefill_chunk,
+                max_plans_in_flight=max_plans_in_flight,
+                kv_group_windows=windows,
+                enable_prefix_caching=has_cache,
+                min_copy_tokens=2,
+                watermark=watermark,
+                lane_shares=(1.0 / num_lanes,) * num_lanes,
+            )
+        )
+
+    @rule(
+        stem=st.sampled_from(STEMS),
+        num_shared=st.integers(0, 30),
+        own=st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=6),
+        max_tokens=st.integers(1, 16),
+        stops=st.booleans(),
+        min_tokens=st.integers(0, 2),
+        priority=st.integers(-1, 1),
+        namespace=st.sampled_from(["", "adapter"]),
+    )
+    def arrive(self, stem, num_shared, own, max_tokens, stops, min_tokens, priority, namespace):
+        self.checked.arrive(
+            Request(
+                f"r{len(self.checked.requests)}",
+                stem[:num_shared] + own,
+                max_tokens,
+                frozenset([STOP_TOKEN_ID]) if stops else frozenset(),
+                min_tokens=min_tokens,
+                priority=priority,
+                arrival_s=self.checked.now,
+                namespace=namespace,
+            )
+        )
+
+    @precondition(lambda self: self.checked.scheduler.num_plans_in_flight)
+    @rule(lane=st.integers(0, 1), num_results=st.integers(1, 4))
+    def land(self, lane, num_results):
+        for _ in range(num_results):
+            busy = [index for index, plans in enumerate(self.checked.lanes) if plans]
+            if busy:
+                self.checked.land(busy[lane % len(busy)])
+
+    @precondition(lambda self: self.checked.requests)
+    @rule(data=st.data())
+    def abort(self, data):
+        self.checked.abort(data.draw(st.sampled_from(sorted(self.checked.requests))))
+
+    @rule()
+    def reset_prefix_cache(self):
+        self.checked.scheduler.reset_prefix_cache()
+
+    @invariant()
+    def everything_holds(self):
+        if hasattr(self, "checked"):
+            self.checked.check()
+
+    def teardown(self):
+        if hasattr(self, "checked"):
+            self.checked.run_until_idle()
+            self.checked.check_answers()
+            assert self.checked.scheduler.stats().num_live_pages == 0
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(
+    max_examples=200, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_lives_end_with_the_right_answers_and_all_pages_back(seed):
+    walk(seed)
+
+
+def test_the_random_lives_meet_what_they_are_meant_to_meet():
+    lives = [walk(seed) for seed in range(40)]
+    assert sum(life.scheduler.stats().num_preemptions for life in lives) > 20
+    assert sum(life.runner.num_copies for life in lives) > 20
+    assert sum(life.scheduler.stats().num_prefix_hit_tokens for life in lives) > 200
+    reasons = {reason for life in lives for reason in life.finish_reasons.values()}
+    assert reasons == {"stop", "length", "abort", "error"}
+
+
+# Ablations: what each mechanism is for. The walk must fail without it.
+
+
+def _release_pages_at_once(self, request):
+    pages = self._pages
+    for table, num_released in zip(request.pages, request.num_window_released, strict=True):
+        pages._pool.release(table[num_released:])
+    request.pages = [[] for _ in request.pages]
+    if request.cache_node is not None:
+        pages._cache.unlock(request.cache_node)
+        request.cache_node, request.publish_at = None, 1 << 60
+    self._draining.add(request)
+    if request.num_plans_in_flight == 0:
+        self._drained(request)
+
+
+def _release_row_at_once(self, request):
+    self._draining.add(request)
+    self._drained(request)
+
+
+def _publish_in_flight_pages(self, request):
+    request.num_computed_tokens = min(request.next_start, request.num_known_tokens)
+    publish(self, request)
+
+
+def _release_window_a_page_early(self, request):
+    for group, _window in self._windows:
+        first_needed = (request.num_computed_tokens + self.page_size) // self.page_size
+        num_released = request.num_window_released[group]
+        if num_released < first_needed <= len(request.pages[group]):
+            self._pool.release(request.pages[group][num_released:first_needed])
+            request.num_window_released[group] = first_needed
+
+
+publish, make_room = RequestPages.publish, Composer._make_room
+
+ABLATIONS = {
+    "pages wait for plans in flight": mock.patch.object(Scheduler, "_drain", _release_pages_at_once),
+    "rows wait for plans in flight": mock.patch.object(Scheduler, "_drain", _release_row_at_once),
+    "a copied page is really copied": mock.patch.object(
+        RequestPages,
+        "copy_matched_part",
+        lambda self, request, source: self.extend(request, request.page_capacity + 1) and [],
+    ),
+    "a copy's source is held": mock.patch.multiple(
+        RequestPages,
+        _hold_source=lambda self, node: None,
+        release_source=lambda self, node: None,
+        check_integrity=lambda self, holders: None,
+    ),
+    "namespaces are part of the key": mock.patch.object(
+        PrefixCache, "_key", lambda self, request, page_idx, tokens: tokens if page_idx else ("", tokens)
+    ),
+    "only final pages are published": mock.patch.object(RequestPages, "publish", _publish_in_flight_pages),
+    "windows are kept whole": mock.patch.object(RequestPages, "release_outside_windows", _release_window_a_page_early),
+    "preemption makes room": mock.patch.object(Composer, "_make_room", lambda self, *_: False),
+    "a lone request gives up its twins": mock.patch.object(
+        Composer,
+        "_make_room",
+        lambda self, request, *rest: bool(self._running.ranked_below(request)) and make_room(self, request, *rest),
+    ),
+}
+
+
+@pytest.mark.parametrize("mechanism", ABLATIONS)
+def test_the_checks_fail_when_a_mechanism_is_switched_off(mechanism):
+    overrides = {}
+    if mechanism == "windows are kept whole":
+        overrides = {"kv_group_windows": (5,), "enable_prefix_caching": False}
+    if mechanism == "a lone request gives up its twins":
+        overrides = {"num_pages": 12, "kv_group_windows": (0,), "enable_prefix_caching": True, "watermark": 0.0}
+    with ABLATIONS[mechanism], pytest.raises((AssertionError, ValueError, IndexError, KeyError, AttributeError)):
+        for seed in range(200):
+            walk(seed, **overrides)
