@@ -134,18 +134,18 @@ class Engine:
         """One turn: sleep until something happened, tell the scheduler, launch what it plans, say what came of it."""
         completions = self._runner.completions.wait_any(1.0)
         now = time.monotonic()
+        events: list = []
         deltas: list[Delta] = []
+        logprobs: dict[str, list] = {}
         for completion in completions:
-            result, logprobs, plan = self._runner.finish(completion, self._logprob_requests.__contains__)
-            if self._trace is not None:
-                self._trace.add(completion, plan)
-            self._launch(self._scheduler.on_event(LaneFinished(result), now), deltas)
-            self._take_outputs(deltas, logprobs)
-            self._num_steps += 1
-            self._num_step_tokens += plan.num_tokens
-            self._last_step_s = now
+            events.append(LaneFinished(self._finish(completion, now, logprobs)))
         while self._inbox:
-            self._receive(self._inbox.popleft(), now, deltas)
+            event = self._event_of(self._inbox.popleft(), deltas)
+            if event is not None:
+                events.append(event)
+        if events:
+            self._launch(self._scheduler.on_events(events, now))
+            self._take_outputs(deltas, logprobs)
         self._publish(deltas)
 
     def _publish(self, deltas: list[Delta]) -> None:
@@ -156,17 +156,27 @@ class Engine:
             if self._num_outstanding == 0 and not self._runner.num_in_flight:
                 self._idle.set()
 
-    def _receive(self, message: Submit | Abort, now: float, deltas: list[Delta]) -> None:
+    def _finish(self, completion: dict, now: float, logprobs: dict[str, list]):
+        """A completion's LaneResult; its log probabilities join those of this turn."""
+        result, step_logprobs, plan = self._runner.finish(completion, self._logprob_requests.__contains__)
+        for request_id, entry in step_logprobs.items():
+            logprobs.setdefault(request_id, []).append(entry)
+        if self._trace is not None:
+            self._trace.add(completion, plan)
+        self._num_steps += 1
+        self._num_step_tokens += plan.num_tokens
+        self._last_step_s = now
+        return result
+
+    def _event_of(self, message: Submit | Abort, deltas: list[Delta]):
+        """The scheduler's event; None when the request was refused here, with a Delta that says why."""
         if isinstance(message, Abort):
-            event = AbortRequest(message.request_id, message.reason)
-        else:
-            try:
-                event = Arrival(self._request_of(message))
-            except (ValueError, TypeError) as error:
-                deltas.append(Delta(message.request_id, finish_reason="error", error=str(error)))
-                return
-        self._launch(self._scheduler.on_event(event, now), deltas)
-        self._take_outputs(deltas, {})
+            return AbortRequest(message.request_id, message.reason)
+        try:
+            return Arrival(self._request_of(message))
+        except (ValueError, TypeError) as error:
+            deltas.append(Delta(message.request_id, finish_reason="error", error=str(error)))
+            return None
 
     def _request_of(self, message: Submit) -> Request:
         """The scheduler's view of a request; its native sampling parameters are kept for admission."""
@@ -196,7 +206,7 @@ class Engine:
             self._logprob_requests.add(message.request_id)
         return request
 
-    def _launch(self, plans, deltas: list[Delta]) -> None:
+    def _launch(self, plans) -> None:
         for plan in plans:
             for admission in plan.admissions:
                 self._runner.admit(
@@ -209,7 +219,9 @@ class Engine:
             request_id = output.request_id
             token_logprobs = None
             if output.token_ids and request_id in self._logprob_requests:
-                token_logprobs = (logprobs[request_id],)
+                entries = logprobs[request_id]
+                token_logprobs = tuple(entries[: len(output.token_ids)])
+                del entries[: len(output.token_ids)]
             deltas.append(
                 Delta(
                     request_id, output.token_ids, token_logprobs, output.finish_reason, output.stop_token_id,

@@ -75,7 +75,7 @@ def kv_groups(config, k_codec: str, v_codec: str, page_size: int) -> tuple[tuple
     layouts = tuple(
         _native.KvGroupLayout(
             num_layers=windows.count(window), num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
-            page_size=page_size, k_codec=k_codec, v_codec=v_codec, window=window,
+            page_size=page_size, kv_dtype=f"{k_codec}:{v_codec}", window=window or 0,
         )
         for window in order
     )  # fmt: skip
@@ -102,7 +102,7 @@ def plan_kv(
     ``max_num_seqs`` requests of the whole context need.
     """
     layouts, layers = kv_groups(config, k_codec, v_codec, page_size)
-    page_bytes = max((layout.page_bytes + 63) // 64 * 64 for layout in layouts)
+    page_bytes = max((layout.page_bytes() + 63) // 64 * 64 for layout in layouts)
     available = available_memory_bytes() if available_bytes is None else available_bytes
     if kv_memory is None:
         budget = int(available * _DEFAULT_MEMORY_SHARE)

@@ -90,7 +90,7 @@ def pack_model(checkpoint, kv_layers, activations: str, max_model_len: int, thre
     def rope(is_local: bool):
         if is_local not in ropes:
             inv_freq, attention_factor = rope_inv_freq(config, local=is_local)
-            ropes[is_local] = _native.RopeTable(inv_freq, max_model_len, attention_factor)
+            ropes[is_local] = _native.RopeTableStorage(inv_freq, max_model_len, attention_factor)
         return ropes[is_local]
 
     layers = []

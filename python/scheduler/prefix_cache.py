@@ -31,7 +31,7 @@ from scheduler.request import Request
 
 
 class PrefixNode:
-    __slots__ = (
+    __slots__ = (  # noqa: RUF023
         "parent", "key", "tokens", "pages", "children", "copy_children", "num_locks", "last_used", "serial", "is_alive",
     )  # fmt: skip
 

@@ -100,9 +100,8 @@ class FakeRunner:
         for scheduled in plan.requests:
             row = self.rows[scheduled.row]
             stop = scheduled.start + scheduled.num_tokens
-            assert scheduled.num_tokens >= 1 and scheduled.start == row.next_position, (
-                "positions written once, in order"
-            )
+            assert scheduled.num_tokens >= 1
+            assert scheduled.start == row.next_position, "positions are written once, in order"
             assert stop <= len(row.tokens), "a plan reached for a token that no plan before it samples"
             assert stop <= min(len(table) for table in row.tables) * page_size, "the page table is too short"
             for group, window in enumerate(self.config.kv_group_windows):
@@ -204,7 +203,8 @@ class CheckedScheduler:
         self.plans.append(plan)
         assert 1 <= plan.num_tokens <= self.config.max_num_batched_tokens, "the token budget"
         rows = [scheduled.row for scheduled in plan.requests]
-        assert len(set(rows)) == len(rows) and all(0 <= row < self.config.max_num_seqs for row in rows)
+        assert len(set(rows)) == len(rows)
+        assert all(0 <= row < self.config.max_num_seqs for row in rows)
         assert {admission.row for admission in plan.admissions} <= set(rows)
         rows_in_flight = {scheduled.row for plans in self.lanes for other in plans for scheduled in other.requests}
         assert not rows_in_flight.intersection(admission.row for admission in plan.admissions), "row reused in flight"

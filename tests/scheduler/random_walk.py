@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import random
 
-from fake_runner import STOP_TOKEN_ID, VOCAB_SIZE, CheckedScheduler
 from scheduler import Request, SchedulerConfig
+from tests.scheduler.fake_runner import STOP_TOKEN_ID, VOCAB_SIZE, CheckedScheduler
 
 
 def random_config(rng: random.Random, **overrides) -> SchedulerConfig:
@@ -62,6 +62,7 @@ def walk(seed: int, num_events: int = 150, **overrides) -> CheckedScheduler:
     checked.run_until_idle()
     checked.check_answers()
     stats = checked.scheduler.stats()
-    assert checked.scheduler.is_idle and stats.num_live_pages == 0
+    assert checked.scheduler.is_idle
+    assert stats.num_live_pages == 0
     assert (stats.num_running, stats.num_waiting, stats.num_draining) == (0, 0, 0)
     return checked

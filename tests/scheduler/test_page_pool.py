@@ -6,9 +6,11 @@ from scheduler.page_pool import PagePool
 def test_pages_are_handed_out_once_and_come_back():
     pool = PagePool(5)
     first, second = pool.allocate(3), pool.allocate(2)
-    assert sorted(first + second) == [0, 1, 2, 3, 4] and pool.num_free == 0
+    assert sorted(first + second) == [0, 1, 2, 3, 4]
+    assert pool.num_free == 0
     pool.release(first)
-    assert pool.num_free == 3 and sorted(pool.allocate(3)) == sorted(first)
+    assert pool.num_free == 3
+    assert sorted(pool.allocate(3)) == sorted(first)
 
 
 def test_a_page_is_free_when_its_last_holder_lets_go():
@@ -16,9 +18,11 @@ def test_a_page_is_free_when_its_last_holder_lets_go():
     pages = pool.allocate(1)
     pool.retain(pages)
     pool.release(pages)
-    assert not pool.is_free(pages[0]) and pool.num_holders(pages[0]) == 1
+    assert not pool.is_free(pages[0])
+    assert pool.num_holders(pages[0]) == 1
     pool.release(pages)
-    assert pool.is_free(pages[0]) and pool.num_free == 2
+    assert pool.is_free(pages[0])
+    assert pool.num_free == 2
 
 
 def test_misuse_is_refused_and_says_what_was_wrong():

@@ -35,7 +35,8 @@ def test_the_longest_prefix_of_full_pages_is_found():
     pool, cache = make_cache()
     publish(pool, cache, request_of(range(12)))
     match = cache.match(request_of([*range(8), 50, 51, 52, 53, 54]))
-    assert match.num_pages == 2 and match.copy_node is None
+    assert match.num_pages == 2
+    assert match.copy_node is None
     assert [node.tokens for node in match.path()] == [(0, 1, 2, 3), (4, 5, 6, 7)]
     assert cache.match(request_of([9, *range(11)])).num_pages == 0
 
@@ -63,7 +64,8 @@ def test_namespaces_share_nothing():
     publish(pool, cache, request_of(range(8), namespace="a"))
     assert cache.match(request_of(range(9), namespace="a")).num_pages == 2
     other = cache.match(request_of(range(9), namespace="b"))
-    assert other.num_pages == 0 and other.copy_node is None
+    assert other.num_pages == 0
+    assert other.copy_node is None
 
 
 def test_supplied_keys_stand_for_pages_but_tokens_are_compared_too():
@@ -103,7 +105,8 @@ def test_the_least_recently_used_leaf_is_evicted_first_and_parents_after_childre
     cache.evict(1)
     assert cached() == [1]
     cache.evict(1)
-    assert cached() == [] and pool.num_free == 16
+    assert cached() == []
+    assert pool.num_free == 16
     with pytest.raises(ValueError, match="wanted at most 0"):
         cache.evict(1)
 
@@ -116,7 +119,8 @@ def test_a_lock_keeps_the_whole_path_and_nothing_else():
     cache.lock(node)
     assert cache.num_evictable_pages == 2
     cache.evict(2)
-    assert cache.num_pages == 4 and cache.num_evictable_pages == 0
+    assert cache.num_pages == 4
+    assert cache.num_evictable_pages == 0
     cache.check_integrity({node: 1})
     cache.unlock(node)
     cache.check_integrity({})
@@ -130,7 +134,8 @@ def test_the_second_to_publish_a_page_keeps_its_twin_and_stands_on_the_first():
     root = cache.match(request_of([0])).node
     twin = tuple(pool.allocate(1))
     node = cache.insert(root, request_of(range(4)), 0, twin)
-    assert node.pages != twin and cache.num_pages == 1
+    assert node.pages != twin
+    assert cache.num_pages == 1
     pool.release(twin)
     assert pool.num_free == num_free
 
@@ -143,7 +148,8 @@ def test_a_cleared_cache_matches_nothing_and_keeps_the_pages_of_those_who_hold_t
     pool.retain(node.pages)
     cache.clear()
     assert cache.match(request_of(range(9))).num_pages == 0
-    assert pool.num_free == 15 and cache.num_pages == 0
+    assert pool.num_free == 15
+    assert cache.num_pages == 0
     cache.unlock(node)  # on a node that is gone: nothing happens
     cache.check_integrity({})
 

@@ -7,13 +7,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fake_runner import STOP_TOKEN_ID, VOCAB_SIZE, CheckedScheduler
-from random_walk import walk
 from scheduler import Request, SchedulerConfig
 from scheduler.composer import Composer
 from scheduler.prefix_cache import PrefixCache
 from scheduler.request_pages import RequestPages
 from scheduler.scheduler import Scheduler
+from tests.scheduler.fake_runner import STOP_TOKEN_ID, VOCAB_SIZE, CheckedScheduler
+from tests.scheduler.random_walk import walk
 
 STEMS = ([1, 2, 3, 4, 0, 6, 1, 1, 2, 0, 3, 3, 4, 6, 2, 1, 0, 1, 2, 6] * 2, [6, 6, 1, 0, 2, 4, 3, 1] * 5)
 
@@ -190,7 +190,7 @@ ABLATIONS = {
     ),
     "only final pages are published": mock.patch.object(RequestPages, "publish", _publish_in_flight_pages),
     "windows are kept whole": mock.patch.object(RequestPages, "release_outside_windows", _release_window_a_page_early),
-    "preemption makes room": mock.patch.object(Composer, "_make_room", lambda self, *_: False),
+    "preemption makes room": mock.patch.object(Composer, "_make_room", return_value=False),
     "a lone request gives up its twins": mock.patch.object(
         Composer,
         "_make_room",
@@ -206,6 +206,10 @@ def test_the_checks_fail_when_a_mechanism_is_switched_off(mechanism):
         overrides = {"kv_group_windows": (5,), "enable_prefix_caching": False}
     if mechanism == "a lone request gives up its twins":
         overrides = {"num_pages": 12, "kv_group_windows": (0,), "enable_prefix_caching": True, "watermark": 0.0}
-    with ABLATIONS[mechanism], pytest.raises((AssertionError, ValueError, IndexError, KeyError, AttributeError)):
+
+    def live():
         for seed in range(200):
             walk(seed, **overrides)
+
+    with ABLATIONS[mechanism], pytest.raises((AssertionError, ValueError, IndexError)):
+        live()

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from fake_runner import STOP_TOKEN_ID, CheckedScheduler, reference_output
 from scheduler import (
     AbortRequest,
     Arrival,
@@ -18,6 +17,7 @@ from scheduler import (
 )
 from scheduler.policy import Policy, policy_named, register_policy
 from scheduler.queues import RunningList, WaitingQueue
+from tests.scheduler.fake_runner import STOP_TOKEN_ID, CheckedScheduler, reference_output
 
 CONFIG = SchedulerConfig(
     num_pages=16, page_size=4, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64, min_copy_tokens=2
@@ -43,8 +43,10 @@ def shares(plan):
 def test_a_decode_is_planned_while_the_token_it_reads_is_in_flight():
     checked = CheckedScheduler(CONFIG)
     prefill, decode = checked.arrive(request("a"))
-    assert shares(prefill) == {"a": (0, 6)} and prefill.requests[0].samples
-    assert shares(decode) == {"a": (6, 1)} and decode.requests[0].samples
+    assert shares(prefill) == {"a": (0, 6)}
+    assert prefill.requests[0].samples
+    assert shares(decode) == {"a": (6, 1)}
+    assert decode.requests[0].samples
     assert checked.requests["a"].num_in_flight_tokens == 7
     checked.run_until_idle()
     checked.check_answers()
@@ -169,10 +171,13 @@ def test_what_a_later_plan_yields_for_an_ended_request_is_dropped_and_its_pages_
     (output,) = scheduler.take_outputs()
     assert (output.token_ids, output.finish_reason, output.stop_token_id) == ((7,), "stop", 7)
     stats = scheduler.stats()
-    assert (stats.num_draining, stats.num_free_pages) == (1, 14) and scheduler.num_unfinished == 0
+    assert (stats.num_draining, stats.num_free_pages) == (1, 14)
+    assert scheduler.num_unfinished == 0
     assert not scheduler.is_idle
     scheduler.on_event(LaneFinished(LaneResult(second.plan_id, 0, (("a", 3),))), 2.0)
-    assert scheduler.take_outputs() == [] and scheduler.stats().num_free_pages == 16 and scheduler.is_idle
+    assert scheduler.take_outputs() == []
+    assert scheduler.stats().num_free_pages == 16
+    assert scheduler.is_idle
     scheduler.check_integrity()
 
 
@@ -182,7 +187,8 @@ def test_a_row_is_not_reused_while_a_plan_in_flight_names_it():
     scheduler.on_event(Arrival(request("b", first=50)), 0.0)
     assert scheduler.on_event(LaneFinished(LaneResult(first.plan_id, 0, (("a", 7),))), 1.0) == []
     plans = scheduler.on_event(LaneFinished(LaneResult(second.plan_id, 0, (("a", 1),))), 2.0)
-    assert [shares(plan) for plan in plans] == [{"b": (0, 6)}, {"b": (6, 1)}] and plans[0].requests[0].row == 0
+    assert [shares(plan) for plan in plans] == [{"b": (0, 6)}, {"b": (6, 1)}]
+    assert plans[0].requests[0].row == 0
 
 
 def test_a_stop_id_before_min_tokens_does_not_end_a_request():
@@ -207,7 +213,8 @@ def test_an_abort_at_any_moment_answers_once_and_gives_everything_back(num_lande
     checked.abort("a", "again")
     checked.run_until_idle()
     checked.check_answers()
-    assert checked.finish_reasons["a"] == "client left" and checked.finish_reasons["b"] == "length"
+    assert checked.finish_reasons["a"] == "client left"
+    assert checked.finish_reasons["b"] == "length"
     assert checked.scheduler.stats().num_live_pages == 0
 
 
@@ -216,7 +223,8 @@ def test_an_abort_of_a_queued_or_unknown_request_is_answered_or_ignored():
     checked.arrive(request("a"))
     checked.arrive(request("b", first=50))
     checked.abort("b")
-    assert checked.finish_reasons == {"b": "abort"} and checked.scheduler.stats().num_waiting == 0
+    assert checked.finish_reasons == {"b": "abort"}
+    assert checked.scheduler.stats().num_waiting == 0
     checked.send(AbortRequest("nobody"))
     checked.run_until_idle()
     checked.check_answers()
@@ -245,8 +253,10 @@ def test_failures_end_one_request_with_its_reason_and_leave_the_others():
     result = LaneResult(plan.plan_id, 0, (("nan", -1), ("good", 3)), failed=(("failed", "the device fell over"),))
     scheduler.on_event(LaneFinished(result), 1.0)
     outputs = {output.request_id: output for output in scheduler.take_outputs()}
-    assert outputs["good"].token_ids == (3,) and outputs["good"].finish_reason is None
-    assert outputs["nan"].finish_reason == "error" and "not finite" in outputs["nan"].error
+    assert outputs["good"].token_ids == (3,)
+    assert outputs["good"].finish_reason is None
+    assert outputs["nan"].finish_reason == "error"
+    assert "not finite" in outputs["nan"].error
     assert outputs["failed"].error == "the device fell over"
     assert "names no token" in outputs["unnamed"].error
     scheduler.check_integrity()
@@ -258,7 +268,8 @@ def test_a_result_out_of_turn_is_refused_and_changes_nothing():
     for plan_id, lane in ((second.plan_id, 0), (99, 0), (first.plan_id, 1), (first.plan_id, -1)):
         with pytest.raises(ValueError, match=f"got plan {plan_id} of lane {lane}"):
             scheduler.on_event(LaneFinished(LaneResult(plan_id, lane)), 1.0)
-    assert scheduler.num_plans_in_flight == 2 and scheduler.take_outputs() == []
+    assert scheduler.num_plans_in_flight == 2
+    assert scheduler.take_outputs() == []
 
 
 # Refusals
@@ -268,9 +279,8 @@ def test_a_request_that_cannot_fit_even_alone_is_refused_with_both_numbers():
     checked = CheckedScheduler(config_with(num_pages=4))
     assert checked.arrive(request("big", 14, 4)) == []
     assert checked.finish_reasons["big"] == "error"
-    assert (
-        "17 tokens (5 pages)" in checked.errors["big"] and "16 tokens are available (4 pages)" in checked.errors["big"]
-    )
+    assert "17 tokens (5 pages)" in checked.errors["big"]
+    assert "16 tokens are available (4 pages)" in checked.errors["big"]
     checked.arrive(request("fits", 14, 3))  # its last token needs no KV
     checked.run_until_idle()
     checked.check_answers()
@@ -280,7 +290,8 @@ def test_a_request_that_cannot_fit_even_alone_is_refused_with_both_numbers():
 def test_a_request_beyond_the_context_is_refused_with_both_numbers():
     checked = CheckedScheduler(config_with(num_pages=64))
     checked.arrive(request("a", 60, 5))
-    assert "65 tokens" in checked.errors["a"] and "64" in checked.errors["a"]
+    assert "65 tokens" in checked.errors["a"]
+    assert "64" in checked.errors["a"]
 
 
 def test_bad_requests_and_configurations_are_errors_that_name_the_field():
@@ -327,10 +338,12 @@ def test_the_lowest_ranked_is_preempted_when_pages_run_out_and_still_answers_rig
     checked.arrive(request("second", 10, 14, first=50, arrival_s=1.0))
     checked.run_until_idle()
     checked.check_answers()
-    assert checked.requests["first"].num_preemptions == 0 and checked.requests["second"].num_preemptions >= 1
+    assert checked.requests["first"].num_preemptions == 0
+    assert checked.requests["second"].num_preemptions >= 1
     assert checked.scheduler.stats().num_preemptions >= 1
     resumed = [plan.admissions for plan in checked.plans if any(a.request_id == "second" for a in plan.admissions)]
-    assert len(resumed) >= 2 and len(resumed[-1][0].token_ids) > 10, "it resumes with what it generated"
+    assert len(resumed) >= 2
+    assert len(resumed[-1][0].token_ids) > 10, "it resumes with what it generated"
 
 
 def test_a_higher_priority_is_preempted_last_even_if_it_came_last():
@@ -369,8 +382,10 @@ def test_a_later_request_starts_at_the_cached_prefix_and_in_the_middle_of_a_copi
     assert shares(plan) == {"b": (11, 2)}
     (copy,) = plan.copies
     (reset,) = plan.resets
-    assert reset.pages[0][2] == copy.target_page and copy.source_page not in reset.pages[0]
-    assert plan.admissions[0].num_computed_tokens == 11 and plan.admissions[0].token_ids == tuple(prompt)
+    assert reset.pages[0][2] == copy.target_page
+    assert copy.source_page not in reset.pages[0]
+    assert plan.admissions[0].num_computed_tokens == 11
+    assert plan.admissions[0].token_ids == tuple(prompt)
     checked.run_until_idle()
     checked.check_answers()
     assert checked.runner.num_copies == 1
@@ -396,7 +411,8 @@ def test_the_copy_is_left_out_when_only_that_lets_a_lone_request_fit():
     checked.run_until_idle()
     prompt = [10, 11, 12, 13, 14, 15, *range(90, 100)]
     (plan, *_) = checked.arrive(Request("b", prompt, 1))
-    assert shares(plan) == {"b": (4, 12)} and plan.copies == ()
+    assert shares(plan) == {"b": (4, 12)}
+    assert plan.copies == ()
     checked.run_until_idle()
     checked.check_answers()
 
@@ -408,7 +424,9 @@ def test_cached_pages_make_way_for_running_requests():
         checked.run_until_idle()
     checked.check_answers()
     stats = checked.scheduler.stats()
-    assert stats.num_preemptions == 0 and stats.num_cached_pages > 0 and stats.kv_usage == 0.0
+    assert stats.num_preemptions == 0
+    assert stats.num_cached_pages > 0
+    assert stats.kv_usage == 0.0
 
 
 def test_after_a_reset_nothing_computed_before_is_found():
@@ -430,7 +448,8 @@ def test_without_prefix_caching_a_windowed_group_gives_pages_back_as_the_window_
     checked.arrive(request("a", 24, 24))  # 12 pages if nothing came back
     checked.run_until_idle()
     checked.check_answers()
-    assert checked.finish_reasons["a"] == "length" and checked.scheduler.stats().num_preemptions == 0
+    assert checked.finish_reasons["a"] == "length"
+    assert checked.scheduler.stats().num_preemptions == 0
 
 
 def test_with_prefix_caching_a_windowed_group_keeps_its_pages():
@@ -455,7 +474,8 @@ def test_a_trace_supplies_page_keys_and_no_token_values():
     checked.arrive(Request("a", range(14), 2, page_keys=(7, 8, 9)))
     checked.run_until_idle()
     plan = checked.arrive(Request("b", range(18), 2, page_keys=(7, 8, 5, 6)))[0]
-    assert shares(plan) == {"b": (8, 10)} and plan.copies == ()
+    assert shares(plan) == {"b": (8, 10)}
+    assert plan.copies == ()
     checked.run_until_idle()
     assert checked.scheduler.stats().num_prefix_hit_tokens == 8
 
@@ -506,8 +526,11 @@ def test_the_waiting_queue_skips_those_who_left_and_forgets_them():
         queue.push(entry)
     for entry in requests[:299]:
         queue.remove(entry)
-    assert len(queue) == 1 and len(queue._heap) < 100
-    assert queue.peek() is requests[299] and queue.pop() is requests[299] and queue.peek() is None
+    assert len(queue) == 1
+    assert len(queue._heap) < 100
+    assert queue.peek() is requests[299]
+    assert queue.pop() is requests[299]
+    assert queue.peek() is None
     with pytest.raises(IndexError, match="empty"):
         queue.pop()
 

@@ -325,7 +325,6 @@ def _open_folder(folder: Path) -> Checkpoint:
         tokenizer_source=TokenizerSource("hf", folder, key, config=tokenizer_config),
         chat_template=_folder_chat_template(folder, tokenizer_config),
         generation_config=generation_config,
-        mappings=tuple(file.buffer for file in files),
         norm_offset=1.0 if config.family == "gemma3" else 0.0,
         mappings=tuple(file.buffer for file in files),
     )
