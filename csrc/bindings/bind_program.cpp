@@ -191,13 +191,19 @@ void register_program_class(py::module_& module) {
            },
            py::arg("name"), py::arg("input"), py::arg("output"))
       .def("add_sampling",
-           [](Program& program, std::string name, int64_t vocab_size, float soft_cap, BufferId logits) {
-             PARTITA_CHECK(row_floats(program, logits, "logits") == vocab_size, "logits: rows hold ",
-                           row_floats(program, logits, "logits"), " floats, wanted ", vocab_size);
-             return program.add_node(std::move(name), -1, std::make_unique<SamplingOp>(vocab_size, soft_cap, logits),
-                                     {logits}, {});
+           [](Program& program, std::string name, BufferId logits) {
+             const int64_t vocab_size = row_floats(program, logits, "logits");
+             return program.add_node(std::move(name), -1, std::make_unique<SamplingOp>(vocab_size, logits), {logits},
+                                     {});
            },
-           py::arg("name"), py::arg("vocab_size"), py::arg("soft_cap"), py::arg("logits"))
+           py::arg("name"), py::arg("logits"))
+      .def("add_soft_cap",
+           [](Program& program, std::string name, float cap, BufferId logits) {
+             const int64_t vocab_size = row_floats(program, logits, "logits");
+             return program.add_node(std::move(name), -1, std::make_unique<SoftCapOp>(vocab_size, cap, logits),
+                                     {logits}, {logits});
+           },
+           py::arg("name"), py::arg("cap"), py::arg("logits"))
       .def("seal", &Program::seal)
       .def_property_readonly("num_nodes", &Program::num_nodes)
       .def_property_readonly("head_node", &Program::head_node, "First node after the layers: logits and sampling.")

@@ -244,13 +244,14 @@ void Lane::work(int worker_idx) {
       completion.end_ns = monotonic_ns();
       completion.spans = std::move(execution->spans);
       execution->frame->set_cursor(execution->cursor);
+      execution->frame->is_busy.store(false);
+      // Reported before the next range can start: completions of a lane come in the order of its tickets.
+      completions_->push(std::move(completion));
       {
         const std::lock_guard<std::mutex> lock(mutex_);
         executions_.erase(std::find(executions_.begin(), executions_.end(), execution));
       }
-      execution->frame->is_busy.store(false);
       execution->publish(kFinished);
-      completions_->push(std::move(completion));
     };
 
     std::call_once(execution->opened, [&] {

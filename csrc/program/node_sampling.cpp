@@ -29,8 +29,6 @@ int64_t SamplingOp::num_chunks(const Frame& frame, int) const { return frame.num
 
 void SamplingOp::run_chunk(Frame& frame, int, int64_t chunk, Worker& worker, const void*) const {
   float* logits = frame.buffer_as<float>(logits_) + chunk * vocab_size_;
-  if (soft_cap_ > 0)
-    for (int64_t i = 0; i < vocab_size_; ++i) logits[i] = soft_cap_ * std::tanh(logits[i] / soft_cap_);
   const int32_t token_idx = frame.logit_tokens()[chunk];
   const int32_t row = frame.token_rows()[token_idx];
   const int64_t position = frame.token_positions()[token_idx];
@@ -49,6 +47,25 @@ void SamplingOp::run_chunk(Frame& frame, int, int64_t chunk, Worker& worker, con
   sampled = sample_token(logits, vocab_size_, rows.sampling(row), history,
                          worker.scratch_of(sampling_scratch_bytes(vocab_size_)));
   tokens[position + 1] = sampled.token;
+}
+
+SoftCapOp::SoftCapOp(int64_t vocab_size, float cap, BufferId logits)
+    : vocab_size_(vocab_size), cap_(cap), logits_(logits) {
+  PARTITA_CHECK(cap > 0, "soft_cap: got ", cap, ", wanted a positive number");
+}
+
+std::string SoftCapOp::detail() const { return concat("cap ", cap_); }
+
+NodeCost SoftCapOp::cost(const StepShape& shape) const {
+  const double elements = static_cast<double>(shape.num_logit_rows) * vocab_size_;
+  return {10 * elements, 2 * sizeof(float) * elements};
+}
+
+int64_t SoftCapOp::num_chunks(const Frame& frame, int) const { return frame.num_logit_rows(); }
+
+void SoftCapOp::run_chunk(Frame& frame, int, int64_t chunk, Worker&, const void*) const {
+  float* logits = frame.buffer_as<float>(logits_) + chunk * vocab_size_;
+  for (int64_t i = 0; i < vocab_size_; ++i) logits[i] = cap_ * std::tanh(logits[i] / cap_);
 }
 
 }  // namespace partita

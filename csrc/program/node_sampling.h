@@ -1,4 +1,4 @@
-// The last node: a token for each sampling row, or the log probability of each scheduled token's successor.
+// The last nodes: the cap some models put on their logits, and a token for each sampling row, or the log probability of each scheduled token's successor.
 #pragma once
 
 #include <string>
@@ -11,9 +11,7 @@ namespace partita {
 // becomes the row's next known token at once, so the next step's embedding finds it there.
 class SamplingOp final : public Op {
  public:
-  // soft_cap: logits become cap * tanh(logits / cap) first; 0: none.
-  SamplingOp(int64_t vocab_size, float soft_cap, BufferId logits)
-      : vocab_size_(vocab_size), soft_cap_(soft_cap), logits_(logits) {}
+  SamplingOp(int64_t vocab_size, BufferId logits) : vocab_size_(vocab_size), logits_(logits) {}
 
   const char* kind() const override { return "sampling"; }
   std::string detail() const override;
@@ -24,7 +22,24 @@ class SamplingOp final : public Op {
 
  private:
   int64_t vocab_size_;
-  float soft_cap_;
+  BufferId logits_;
+};
+
+// logits = cap * tanh(logits / cap), in place.
+class SoftCapOp final : public Op {
+ public:
+  SoftCapOp(int64_t vocab_size, float cap, BufferId logits);
+
+  const char* kind() const override { return "soft_cap"; }
+  std::string detail() const override;
+  ResourceClass resource_class(const StepShape&) const override { return ResourceClass::kMemory; }
+  NodeCost cost(const StepShape& shape) const override;
+  int64_t num_chunks(const Frame& frame, int phase) const override;
+  void run_chunk(Frame& frame, int phase, int64_t chunk, Worker& worker, const void* stage) const override;
+
+ private:
+  int64_t vocab_size_;
+  float cap_;
   BufferId logits_;
 };
 

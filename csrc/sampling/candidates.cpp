@@ -1,174 +1,177 @@
 #include "sampling/candidates.h"
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <limits>
+
+#include "core/float16.h"
 
 namespace partita {
 namespace {
 
-// Below this many, sorting the rest beats another histogram.
-constexpr int64_t kSortLimit = 512;
+// Once this few tokens are left among which the cut lies, they are sorted.
+constexpr int64_t kSortLimit = 256;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLowest = std::numeric_limits<float>::lowest();
+
+// Integers in the order of the floats: halving a range of them always ends, whatever the logits' scale.
+int64_t key_of(float value) {
+  const auto bits = static_cast<int32_t>(float_to_bits(value));
+  return bits >= 0 ? bits : static_cast<int64_t>(bits ^ 0x7fffffff);
+}
+float from_key(int64_t key) {
+  const auto bits = static_cast<int32_t>(key);
+  return bits_to_float(static_cast<uint32_t>(bits >= 0 ? bits : bits ^ 0x7fffffff));
+}
 
 }  // namespace
 
 Candidates::Candidates(const float* logits, int64_t vocab_size, float max, const SamplingParams& params,
                        const SamplingScratch& scratch)
-    : scan_(active_logit_scan()), scratch_(scratch), logits_(logits), token_ids_(nullptr), count_(vocab_size) {
-  if (params.top_k > 0 && params.top_k < vocab_size) limit_to_top_k(params.top_k);
-  weigh(max, 1.0f / params.temperature);
-  if (params.top_p < 1.0f) limit_to_nucleus(params.top_p);
-  if (params.min_p > 0.0f) limit_to_min_p(params.min_p);
-}
-
-// Compacts the candidates to those whose value reaches the threshold, in their old (ascending) order.
-int64_t Candidates::collect(const float* values, float threshold) {
-  const int64_t count = scan_.collect_at_least(values, count_, threshold, scratch_.positions);
-  // In place where a list exists already: a position never lies before its target.
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t position = scratch_.positions[i];
-    scratch_.token_ids[i] = token(position);
-    scratch_.kept_logits[i] = logits_[position];
-    if (weights_) weights_[i] = weights_[position];
+    : scan_(active_logit_scan()), scratch_(scratch), logits_(logits), count_(vocab_size), max_(max) {
+  const bool limits_count = params.top_k > 0 && params.top_k < vocab_size;
+  const float bound = limits_count ? top_k_bound(params.top_k) : kLowest;
+  if (bound > kLowest) collect(bound);
+  scan_.stripe_weights(logits_, count_, max, 1.0f / params.temperature, scratch_.weights, scratch_.sums);
+  if (limits_count) cut_to_prefix(Measure::kCount, static_cast<double>(params.top_k), bound);
+  if (params.top_p < 1.0f) {
+    // All tokens lighter than (1 - p) total / n weigh less than (1 - p) total together: the cut is above that. The
+    // margin covers the rounding of sums and logarithm.
+    const double total = total_weight();
+    const double lightest = (1.0 - static_cast<double>(params.top_p)) * total / static_cast<double>(count_);
+    const double low = max + params.temperature * std::max(-87.0, std::log(lightest) - 1e-3);
+    cut_to_prefix(Measure::kWeight, static_cast<double>(params.top_p) * total,
+                  std::nextafter(static_cast<float>(std::max<double>(low, kLowest)), kLowest));
   }
-  token_ids_ = scratch_.token_ids;
-  logits_ = scratch_.kept_logits;
-  return count_ = count;
+  if (params.min_p > 0.0f)  // the most likely token weighs 1
+    scan_.keep_at_least(scratch_.weights, count_, params.min_p, scratch_.weights, scratch_.sums);
 }
 
-void Candidates::limit_to_top_k(int64_t top_k) {
-  // Lane maxima are logits of different tokens, so the k-th largest of them is no larger than the k-th largest logit.
-  // A logit of -infinity is no candidate in any case.
-  float bound = std::numeric_limits<float>::lowest();
+// No larger than the k-th largest logit: lane maxima are logits of different tokens, so the k-th largest of them is
+// such a bound. Where there are fewer of them: the lowest float.
+float Candidates::top_k_bound(int64_t top_k) const {
   const int64_t num_maxima = num_stripes(count_) * kStripeLanes;
-  if (top_k <= num_maxima) {
-    std::copy_n(scratch_.maxima, num_maxima, scratch_.sorted_maxima);
-    std::nth_element(scratch_.sorted_maxima, scratch_.sorted_maxima + (top_k - 1), scratch_.sorted_maxima + num_maxima,
-                     std::greater<float>());
-    bound = std::max(bound, scratch_.sorted_maxima[top_k - 1]);
-  }
-  if (collect(logits_, bound) > top_k) keep_prefix(/*by_weight=*/false, static_cast<double>(top_k));
+  if (top_k > num_maxima) return kLowest;
+  std::copy_n(scratch_.maxima, num_maxima, scratch_.sorted_maxima);
+  std::nth_element(scratch_.sorted_maxima, scratch_.sorted_maxima + (top_k - 1), scratch_.sorted_maxima + num_maxima,
+                   std::greater<float>());
+  return std::max(kLowest, scratch_.sorted_maxima[top_k - 1]);
 }
 
-void Candidates::weigh(float max, float inverse_temperature) {
-  weights_ = scratch_.weights;
-  scan_.stripe_weights(logits_, count_, max, inverse_temperature, weights_, scratch_.sums);
-}
-
-void Candidates::limit_to_nucleus(float top_p) {
-  // All tokens lighter than (1 - p) total / n weigh less than (1 - p) total together: the nucleus is complete without
-  // them. The margin covers the rounding of the sums.
-  const double total = total_weight();
-  const double outside = (1.0 - static_cast<double>(top_p)) * total;
-  const double bound = 0.999 * outside / static_cast<double>(count_);
-  collect(weights_, std::max(static_cast<float>(bound), std::numeric_limits<float>::min()));
-  keep_prefix(/*by_weight=*/true, static_cast<double>(top_p) * total);
-}
-
-void Candidates::limit_to_min_p(float min_p) {
-  collect(weights_, min_p);  // the most likely token weighs 1
-}
-
-// Keeps the shortest prefix, in descending order of logit (the lower id first among equals), that weighs at least
-// `target` (or, not by weight, holds `target` tokens). Only the histogram bin in which the prefix ends is refined, so
-// this is linear in the number of candidates where sorting them all is not.
-void Candidates::keep_prefix(bool by_weight, double target) {
-  const auto measure = [&](int32_t position) { return by_weight ? static_cast<double>(weights_[position]) : 1.0; };
-  int32_t* active = scratch_.positions;  // where the last token of the prefix can be; ascending
-  int64_t num_active = count_;
-  for (int64_t i = 0; i < count_; ++i) active[i] = static_cast<int32_t>(i);
-  double remaining = target;
-
-  int32_t last = -1;
-  while (last < 0) {
-    float low = logits_[active[0]], high = low;
-    for (int64_t i = 1; i < num_active; ++i) {
-      low = std::min(low, logits_[active[i]]);
-      high = std::max(high, logits_[active[i]]);
-    }
-    if (low == high || num_active <= kSortLimit) {
-      if (low != high)
-        std::sort(active, active + num_active,
-                  [&](int32_t a, int32_t b) { return logits_[a] != logits_[b] ? logits_[a] > logits_[b] : a < b; });
-      int64_t i = 0;
-      for (; i + 1 < num_active; ++i) {
-        remaining -= measure(active[i]);
-        if (remaining <= 0) break;
-      }
-      last = active[i];
-      break;
-    }
-    // Bin 0 holds the largest logits; the mapping is monotone, so bins never disagree with the order of the logits.
-    const double bins_per_unit = (SamplingScratch::kNumBins - 1) / (static_cast<double>(high) - low);
-    const auto bin_of = [&](int32_t position) {
-      return static_cast<int64_t>((static_cast<double>(high) - logits_[position]) * bins_per_unit);
-    };
-    std::fill_n(scratch_.bins, SamplingScratch::kNumBins, 0.0);
-    for (int64_t i = 0; i < num_active; ++i) scratch_.bins[bin_of(active[i])] += measure(active[i]);
-    int64_t crossing = 0, last_filled = 0;
-    double before = 0;  // of the bins before the crossing one
-    for (; crossing < SamplingScratch::kNumBins && before + scratch_.bins[crossing] < remaining; ++crossing) {
-      if (scratch_.bins[crossing] > 0) last_filled = crossing;
-      before += scratch_.bins[crossing];
-    }
-    if (crossing == SamplingScratch::kNumBins) {  // rounding kept the sum just below the target
-      crossing = last_filled;
-      before -= scratch_.bins[crossing];
-    }
-    remaining -= before;
-    int64_t num_refined = 0;
-    for (int64_t i = 0; i < num_active; ++i)
-      if (bin_of(active[i]) == crossing) active[num_refined++] = active[i];
-    num_active = num_refined;
-  }
-
-  const float last_logit = logits_[last];
-  int64_t kept = 0;
-  for (int64_t i = 0; i < count_; ++i) {
-    const float logit = logits_[i];
-    if (logit < last_logit || (logit == last_logit && i > last)) continue;
-    scratch_.token_ids[kept] = token(i);
-    scratch_.kept_logits[kept] = logit;
-    if (weights_) weights_[kept] = weights_[i];
-    ++kept;
-  }
+// Compacts the candidates from the whole vocabulary to the logits that reach the bound.
+void Candidates::collect(float bound) {
+  const int64_t count = scan_.collect_range(logits_, count_, bound, kInfinity, scratch_.token_ids);
+  for (int64_t i = 0; i < count; ++i) scratch_.kept_logits[i] = logits_[scratch_.token_ids[i]];
   token_ids_ = scratch_.token_ids;
   logits_ = scratch_.kept_logits;
-  count_ = kept;
+  count_ = count;
+}
+
+// Zeroes all weights but those of the shortest prefix, in descending order of logit (the lower id first among equals),
+// whose measure reaches `target`: the sum of the weights, or the number of tokens. The prefix ends at a logit of at
+// least `low`. Nothing is sorted but the few tokens around the cut: vector passes narrow down where it lies, to a ninth
+// of the range each, over what the pass before left.
+void Candidates::cut_to_prefix(Measure measure, double target, float low) {
+  const float* active_logits = logits_;  // of the tokens among which the cut lies
+  const float* active_weights = measure == Measure::kWeight ? scratch_.weights : nullptr;
+  int64_t num_active = count_;
+  const int32_t* active = nullptr;                // [num_active] their positions, ascending; null: all
+  float low_logit = low, high_logit = kInfinity;  // the cut lies at low <= logit < high
+  const auto compact = [&] {
+    const int64_t num_left = scan_.collect_range(active_logits, num_active, low_logit, high_logit, scratch_.positions);
+    for (int64_t i = 0; i < num_left; ++i) {  // in place from the second time on: nothing moves to the right
+      const int32_t from = scratch_.positions[i];
+      scratch_.active[i] = active ? active[from] : from;
+      scratch_.active_logits[i] = active_logits[from];
+      if (active_weights) scratch_.active_weights[i] = active_weights[from];
+    }
+    active = scratch_.active;
+    active_logits = scratch_.active_logits;
+    if (active_weights) active_weights = scratch_.active_weights;
+    num_active = num_left;
+  };
+
+  const auto num_in_range = [&] {
+    return scan_.count_greater(active_logits, num_active, std::nextafter(low_logit, -kInfinity)) -
+           scan_.count_greater(active_logits, num_active, std::nextafter(high_logit, -kInfinity));
+  };
+
+  // What lies at or above the low key reaches the target; at or above the high key lies `before`, which does not.
+  int64_t low_key = key_of(low), high_key = key_of(max_) + 1;
+  double before = 0, before_active = 0;  // the latter: of what compact() left out
+  while (high_key - low_key > 1) {
+    const int64_t num_left = num_in_range();
+    if (num_left <= kSortLimit) break;
+    if (num_left < num_active / 2) {
+      compact();
+      before_active = before;
+    }
+    int64_t keys[kNumThresholds];
+    float thresholds[kNumThresholds];
+    double measures[kNumThresholds];
+    for (int j = 0; j < kNumThresholds; ++j) {
+      keys[j] = low_key + (high_key - low_key) * (j + 1) / (kNumThresholds + 1);
+      thresholds[j] = from_key(keys[j]);
+    }
+    scan_.measure_at_least(active_logits, active_weights, num_active, thresholds, measures);
+    int reaching = 0;  // thresholds [0, reaching) reach the target
+    while (reaching < kNumThresholds && before_active + measures[reaching] >= target) ++reaching;
+    if (reaching > 0) {
+      low_key = keys[reaching - 1];
+      low_logit = thresholds[reaching - 1];
+    }
+    if (reaching < kNumThresholds) {
+      high_key = keys[reaching];
+      high_logit = thresholds[reaching];
+      before = before_active + measures[reaching];
+    }
+  }
+  compact();
+  if (num_active == 0) return;
+
+  int32_t* ordered = scratch_.active;
+  if (high_key - low_key > 1)  // else all are equal, and in order of id as they are
+    std::sort(ordered, ordered + num_active,
+              [&](int32_t a, int32_t b) { return logits_[a] != logits_[b] ? logits_[a] > logits_[b] : a < b; });
+  double remaining = target - before;
+  int64_t last = 0;
+  for (; last + 1 < num_active; ++last) {
+    remaining -= measure == Measure::kWeight ? static_cast<double>(scratch_.weights[ordered[last]]) : 1.0;
+    if (remaining <= 0) break;
+  }
+  const float last_logit = logits_[ordered[last]];
+  for (int64_t i = last + 1; i < num_active && logits_[ordered[i]] == last_logit; ++i) scratch_.weights[ordered[i]] = 0;
+  scan_.keep_at_least(logits_, count_, last_logit, scratch_.weights, scratch_.sums);
 }
 
 double Candidates::total_weight() const {
   double total = 0;
-  if (!token_ids_)
-    for (int64_t s = 0; s < num_stripes(count_); ++s) total += scratch_.sums[s];
-  else
-    for (int64_t i = 0; i < count_; ++i) total += weights_[i];
+  for (int64_t s = 0; s < num_stripes(count_); ++s) total += scratch_.sums[s];
   return total;
 }
 
 int32_t Candidates::draw(double u) const {
   const double target = u * total_weight();
-  int64_t begin = 0, end = count_;
+  int64_t stripe = 0;
   double before = 0;
-  if (!token_ids_) {  // over the whole vocabulary the stripe sums lead to the stripe
-    int64_t last_filled = 0;
-    for (int64_t stripe = 0; stripe < num_stripes(count_); ++stripe) {
-      if (scratch_.sums[stripe] <= 0) continue;
-      last_filled = stripe;
-      if (before + scratch_.sums[stripe] > target) break;
-      before += scratch_.sums[stripe];
-    }
-    begin = last_filled * kStripeLength;
-    end = std::min(count_, begin + kStripeLength);
+  for (int64_t s = 0; s < num_stripes(count_); ++s) {
+    if (scratch_.sums[s] <= 0) continue;
+    stripe = s;
+    if (before + scratch_.sums[s] > target) break;
+    before += scratch_.sums[s];
   }
-  int32_t drawn = -1;  // where rounding keeps the sum at or below the target, the last token that has weight
-  for (int64_t i = begin; i < end; ++i) {
-    if (weights_[i] <= 0) continue;
-    drawn = token(i);
-    before += weights_[i];
+  // Where rounding keeps the sum at or below the target: the last token that has weight.
+  int64_t drawn = -1;
+  const int64_t end = std::min(count_, (stripe + 1) * kStripeLength);
+  for (int64_t i = stripe * kStripeLength; i < end; ++i) {
+    if (scratch_.weights[i] <= 0) continue;
+    drawn = i;
+    before += scratch_.weights[i];
     if (before > target) break;
   }
-  return drawn;
+  return drawn < 0 ? -1 : token(drawn);
 }
 
 }  // namespace partita

@@ -33,7 +33,8 @@ void add_logprobs(const float* logits, int64_t vocab_size, int32_t num_top, cons
                      std::greater<float>());
     bound = scratch.maxima[num_top - 1];
   }
-  const int64_t count = scan.collect_at_least(logits, vocab_size, bound, scratch.positions);
+  const int64_t count =
+      scan.collect_range(logits, vocab_size, bound, std::numeric_limits<float>::infinity(), scratch.positions);
   std::partial_sort(scratch.positions, scratch.positions + num_top, scratch.positions + count,
                     [&](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
   sampled->top.reserve(num_top);

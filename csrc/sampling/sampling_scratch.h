@@ -18,15 +18,15 @@ struct TouchedLogit {
 };
 
 struct SamplingScratch {
-  static constexpr int64_t kNumBins = 1024;
-
   float* maxima;          // [num_stripes, 16]
   float* sorted_maxima;   // [num_stripes, 16]
   double* sums;           // [num_stripes]
-  double* bins;           // [kNumBins]
   float* weights;         // [V]
   int32_t* token_ids;     // [V + kCollectSlack]
   float* kept_logits;     // [V]
+  float* active_logits;   // [V]
+  float* active_weights;  // [V]
+  int32_t* active;        // [V + kCollectSlack] positions
   int32_t* positions;     // [V + kCollectSlack]
   uint32_t* touched_idx;  // [V] token -> where it may lie in `touched`
   TouchedLogit* touched;  // [V]
@@ -43,10 +43,12 @@ struct SamplingScratch {
     take(scratch.maxima, num_stripes(vocab_size) * kStripeLanes);
     take(scratch.sorted_maxima, num_stripes(vocab_size) * kStripeLanes);
     take(scratch.sums, num_stripes(vocab_size));
-    take(scratch.bins, kNumBins);
     take(scratch.weights, vocab_size);
     take(scratch.token_ids, vocab_size + kCollectSlack);
     take(scratch.kept_logits, vocab_size);
+    take(scratch.active_logits, vocab_size);
+    take(scratch.active_weights, vocab_size);
+    take(scratch.active, vocab_size + kCollectSlack);
     take(scratch.positions, vocab_size + kCollectSlack);
     take(scratch.touched_idx, vocab_size);
     take(scratch.touched, vocab_size);

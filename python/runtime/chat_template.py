@@ -13,6 +13,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -138,10 +139,8 @@ def _parse_tool_arguments(message: dict[str, Any]) -> None:
     for call in calls if isinstance(calls, list) else ():
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            try:
+            with suppress(ValueError, RecursionError):  # not JSON: left as text
                 function["arguments"] = json.loads(function["arguments"] or "{}")
-            except (ValueError, RecursionError):
-                pass  # not JSON: left as text
 
 
 def _joined_text(parts: list[Any], where: str) -> str:
@@ -212,11 +211,12 @@ def _bounded(work: Callable[[], Any], what: str) -> Any:
 
 # -- the sandbox ----------------------------------------------------------------------------------------------------
 
-_FILTERS = frozenset(
-    "abs attr bool capitalize count d default dictsort e escape first float groupby int items join last length list"
-    " lower map max min reject rejectattr replace reverse round safe select selectattr sort string striptags sum title"
-    " trim truncate unique upper wordcount indent format".split()
-)
+_FILTERS = frozenset({
+    "abs", "attr", "bool", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float",
+    "format", "groupby", "indent", "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min",
+    "reject", "rejectattr", "replace", "reverse", "round", "safe", "select", "selectattr", "sort", "string",
+    "striptags", "sum", "title", "trim", "truncate", "unique", "upper", "wordcount",
+})  # fmt: skip
 _WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(\d{5,}|\*)")
 _WIDE_BRACES = re.compile(r"\{[^{}]*:[^{}]*(\d{5,}|\{)")
 _SIZING_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
@@ -285,7 +285,7 @@ def _environment() -> Any:
     class BoundedCodeGenerator(CodeGenerator):
         """`a ~ b` goes through a checked join; everything else that grows is intercepted by the sandbox."""
 
-        def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
+        def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:  # noqa: N802 (jinja's name)
             self.write("environment.join_checked((")
             for item in node.nodes:
                 self.visit(item, frame)
@@ -311,7 +311,7 @@ def _environment() -> Any:
     class GenerationBlock(Extension):
         """{% generation %} marks what the model wrote, for training; here its body is written as it is."""
 
-        tags = {"generation"}
+        tags = frozenset({"generation"})
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

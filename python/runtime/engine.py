@@ -61,7 +61,7 @@ class Engine:
         self._fatal: str | None = None
         self._is_closing = False
         self._outstanding_lock = threading.Lock()
-        self._num_outstanding = 0  # submitted, no finish_reason yet
+        self._outstanding: dict[str, int] = {}  # request id -> submissions without a finish_reason yet
         self._idle = threading.Event()
         self._idle.set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -72,10 +72,15 @@ class Engine:
     def submit(self, message: Submit) -> None:
         """Queues a request; its Deltas follow until one carries a finish_reason."""
         with self._outstanding_lock:
-            self._num_outstanding += 1
-            self._idle.clear()
-        self._inbox.append(message)
-        self._runner.completions.notify()
+            fatal = self._fatal
+            if fatal is None:
+                self._outstanding[message.request_id] = self._outstanding.get(message.request_id, 0) + 1
+                self._idle.clear()
+                self._inbox.append(message)
+        if fatal is None:
+            self._runner.completions.notify()
+        else:
+            self._on_deltas([Delta(message.request_id, finish_reason="error", error=fatal)])
 
     def abort(self, request_id: str, reason: str = "abort") -> None:
         """Ends a request at the next step boundary; nothing happens when it has ended."""
@@ -124,10 +129,10 @@ class Engine:
             self._abort_all("abort")
         except Exception as error:  # the loop itself is broken: say so to everybody instead of hanging them
             logger.exception("engine thread failed")
-            self._fatal = f"{type(error).__name__}: {error}"
-            self._on_deltas(
-                [Delta(id, finish_reason="error", error="the engine stopped") for id in (*self._sampling, *self._pending_ids())]
-            )
+            with self._outstanding_lock:
+                self._fatal = f"the engine stopped: {type(error).__name__}: {error}"
+                request_ids = list(self._outstanding)
+            self._publish([Delta(id, finish_reason="error", error=self._fatal) for id in request_ids])
             self._idle.set()
 
     def _step(self) -> None:
@@ -152,8 +157,12 @@ class Engine:
         if deltas:
             self._on_deltas(deltas)
         with self._outstanding_lock:
-            self._num_outstanding -= sum(delta.finish_reason is not None for delta in deltas)
-            if self._num_outstanding == 0 and not self._runner.num_in_flight:
+            for delta in deltas:
+                if delta.finish_reason is not None:
+                    num_left = self._outstanding.pop(delta.request_id, 1) - 1
+                    if num_left:
+                        self._outstanding[delta.request_id] = num_left
+            if not self._outstanding and not self._runner.num_in_flight:
                 self._idle.set()
 
     def _finish(self, completion: dict, now: float, logprobs: dict[str, list]):
@@ -234,13 +243,12 @@ class Engine:
                 self._num_prompt_tokens.pop(request_id, None)
                 self._logprob_requests.discard(request_id)
 
-    def _pending_ids(self) -> list[str]:
-        return [message.request_id for message in self._inbox if isinstance(message, Submit)]
-
     def _abort_all(self, reason: str) -> None:
         deltas: list[Delta] = []
         now = time.monotonic()
-        for request_id in (*self._sampling, *self._pending_ids()):
+        with self._outstanding_lock:
+            request_ids = list(self._outstanding)
+        for request_id in request_ids:
             deltas.append(Delta(request_id, finish_reason=reason))
             self._scheduler.on_event(AbortRequest(request_id, reason), now)
         self._inbox.clear()

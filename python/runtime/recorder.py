@@ -109,9 +109,14 @@ class Recorder:
         self.program.add_gather_logit_rows("gather_logit_rows", hidden.buffer_id, rows.buffer_id)
         return rows
 
-    def sampling(self, logits: Buffer, soft_cap: float = 0.0) -> None:
+    def soft_cap(self, logits: Buffer, cap: float | None) -> None:
+        """logits = cap * tanh(logits / cap); no node where the model has no cap.  [S, V]"""
+        if cap:
+            self.program.add_soft_cap("soft_cap", cap, logits.buffer_id)
+
+    def sampling(self, logits: Buffer) -> None:
         """A token for each sampling row.  [S, V]"""
-        self.program.add_sampling("sampling", logits.width, soft_cap, logits.buffer_id)
+        self.program.add_sampling("sampling", logits.buffer_id)
 
     def seal(self):
         self.program.seal()

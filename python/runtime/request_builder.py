@@ -54,7 +54,7 @@ class RequestBuilder:
                 num_at_least = int(num_tokens * (len(text) / probe_chars))
                 raise RequestError(
                     400, "context_length_exceeded",
-                    f"This model's maximum context length is {self.max_model_len} tokens. The {param} has about "
+                    f"This model's maximum context length is {self.max_model_len} tokens, and {param} came to about "
                     f"{num_at_least} tokens ({len(text)} characters). Please shorten it.", param,
                 )  # fmt: skip
         return tuple(self._encode(text, add_special_tokens))
@@ -71,14 +71,15 @@ class RequestBuilder:
         if room < 1:
             raise RequestError(
                 400, "context_length_exceeded",
-                f"This model's maximum context length is {self.max_model_len} tokens. The {param} has {num_prompt_tokens} tokens, "
-                "and at least one is needed for the output. Please shorten it.", param,
+                f"This model's maximum context length is {self.max_model_len} tokens, and {param} came to "
+                f"{num_prompt_tokens} tokens; at least one more is needed for the output. Please shorten it.", param,
             )  # fmt: skip
         if max_tokens is not None and max_tokens > room:
             raise RequestError(
                 400, "context_length_exceeded",
-                f"This model's maximum context length is {self.max_model_len} tokens. The {param} has {num_prompt_tokens} tokens "
-                f"and max_tokens asks for {max_tokens}, {num_prompt_tokens + max_tokens} in all. Lower one of them.", "max_tokens",
+                f"This model's maximum context length is {self.max_model_len} tokens; {param} came to "
+                f"{num_prompt_tokens} tokens and max_tokens asks for {max_tokens}, {num_prompt_tokens + max_tokens} in "
+                "all. Lower one of them.", "max_tokens",
             )  # fmt: skip
         return room if max_tokens is None else max_tokens
 

@@ -1,7 +1,7 @@
 """Tiny random models of every family, written as Hugging Face folders (by transformers) or as GGUF files.
 
-    path, model = write_tiny_model("qwen3", folder)        # model: the transformers model in fp32, eval mode
-    path, model = write_tiny_gguf("Q8_0", folder)          # model holds the same dequantised weights
+path, model = write_tiny_model("qwen3", folder)        # model: the transformers model in fp32, eval mode
+path, model = write_tiny_gguf("Q8_0", folder)          # model holds the same dequantised weights
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ FAMILIES = (
     "gemma3",
     "gemma3-scaled",
 )
-_BASE = dict(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=64,
-    intermediate_size=160,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-    initializer_range=0.2,  # of the size at which attention and activations matter
-    rms_norm_eps=1e-5,
-)
+_BASE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,  # of the size at which attention and activations matter
+    "rms_norm_eps": 1e-5,
+}
 
 
 def hf_config(variant: str, **overrides: Any) -> Any:
@@ -54,18 +54,26 @@ def hf_config(variant: str, **overrides: Any) -> Any:
         if variant == "llama-bias":
             extra["attention_bias"] = True
         if variant == "llama3-rope":
-            rope = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+            rope = {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            }
             rope["original_max_position_embeddings"] = 64
         if variant == "llama-yarn":
-            rope = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=128)
+            rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
         if variant == "llama-linear":
-            rope = dict(rope_type="linear", rope_theta=10000.0, factor=2.0)
+            rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
         return transformers.LlamaConfig(**{**_BASE, "rope_parameters": rope, **extra, **overrides})
     if variant == "mistral":
         values = {**_BASE, "sliding_window": 16, "head_dim": 32, "rope_parameters": rope}
         return transformers.MistralConfig(**{**values, **overrides})
     if variant.startswith("qwen2"):
-        window = dict(use_sliding_window=True, sliding_window=16, max_window_layers=1) if variant != "qwen2" else {}
+        window = (
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1} if variant != "qwen2" else {}
+        )
         return transformers.Qwen2Config(**{**_BASE, "rope_parameters": rope, **window, **overrides})
     if variant == "qwen3":
         return transformers.Qwen3Config(**{**_BASE, "head_dim": 32, "rope_parameters": rope, **overrides})
@@ -145,7 +153,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "bos_token": "<bos>",
-        "eos_token": {"content": "<|im_end|>", "special": True},
+        "eos_token": {"__type": "AddedToken", "content": "<|im_end|>", "special": True},
         "pad_token": "<pad>",
         "tokenizer_class": "PreTrainedTokenizerFast",
         "chat_template": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -194,13 +202,15 @@ def interleave_rotary_rows(values: np.ndarray, num_heads: int) -> np.ndarray:
 def write_tiny_gguf(
     format_name: str, folder: Path, variant: str = "llama", seed: int = 0, **overrides: Any
 ) -> tuple[Path, Any]:
-    """Writes <folder>/tiny.gguf, matrices in `format_name`. Returns the file and the model of the dequantised weights."""
+    """Writes <folder>/tiny.gguf, matrices in `format_name`. Returns it and the model of the dequantised weights."""
     import gguf
     import torch
 
     config = hf_config(variant, **overrides)
     model = _random_model(config, seed)
-    architecture = {"llama": "llama", "mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
+    architecture = {"llama": "llama", "mistral": "llama", "gemma3_text": "gemma3"}.get(
+        config.model_type, config.model_type
+    )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder)

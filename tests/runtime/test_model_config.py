@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
-from tests.kit.tiny_models import FAMILIES, hf_config
 
 from runtime.loading import ModelFileError
 from runtime.model_config import ModelConfig, RopeScaling, rope_inv_freq
+from tests.kit.tiny_models import FAMILIES, hf_config
 
 
 def parsed(variant: str, **overrides) -> tuple[dict, object]:
@@ -155,7 +155,10 @@ def test_embedding_scale_is_rounded_as_the_embedding_is():
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": float("inf"), "factor": 2}}, "rope_theta"),
         ({"rope_parameters": [1]}, "rope_scaling"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}}, "factor"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}},
+            "factor",
+        ),
         ({"hidden_act": "relu"}, "hidden_act"),
         ({"hidden_act": {}}, "hidden_act"),
         ({"mlp_bias": True}, "mlp_bias"),
@@ -175,7 +178,7 @@ def test_bad_fields_are_named(change, named):
 def test_layer_types_must_fit():
     values, _ = parsed("qwen3")
     for bad in (["full_attention"], ["linear_attention"] * 3, "full", ["sliding_attention"] * 3):
-        with pytest.raises(ModelFileError, match="layer_types|sliding_window"):
+        with pytest.raises(ModelFileError, match=r"layer_types|sliding_window"):
             ModelConfig.from_hf_config({**values, "layer_types": bad})
 
 

@@ -22,6 +22,15 @@ constexpr int kTileVecs = kKvTileTokens / kLanes;
 constexpr int kColumnBlock = 64;            // columns of o per register block
 constexpr float kFixedPointMax = 32639.0f;  // 127 * 256 + 127: both halves fit a signed byte
 
+// Sixteen int32 sums. Not __m512i: GCC 12 keeps arrays of that type in memory when the intrinsics cast them, and the
+// accumulators of a register block would live on the stack.
+typedef int32_t Sums __attribute__((vector_size(64)));
+
+// acc + sum of 4 unsigned codes times 4 signed weights, per lane.
+inline Sums dot_codes(Sums acc, __m512i codes, __m512i weights) {
+  return (Sums)_mm512_dpbusd_epi32((__m512i)acc, codes, weights);
+}
+
 inline __m512 exp2_lanes(__m512 x) {
   x = _mm512_max_ps(x, _mm512_set1_ps(kExp2Lowest));
   const __m512 rounder = _mm512_set1_ps(kExp2Rounder);
@@ -300,6 +309,14 @@ struct Avx512Tile {
     }
   }
 
+  // out[d] = o[column_of[d]] * factor
+  static void reorder(const float* o, const int32_t* column_of, float factor, int head_dim, float* out) {
+    for (int d = 0; d < head_dim; d += 8) {
+      const __m256i columns = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(column_of + d));
+      _mm256_storeu_ps(out + d, _mm256_mul_ps(_mm256_i32gather_ps(o, columns, 4), _mm256_set1_ps(factor)));
+    }
+  }
+
   // Scores come out in units of log2, or of the cap where there is one.
   static void pack_queries(const AttendTask& task, const Scratch& s) {
     const float factor = task.soft_cap > 0 ? task.scale / task.soft_cap : task.scale * kLog2E;
@@ -309,33 +326,31 @@ struct Avx512Tile {
     for (int r = 0; r < task.num_rows; ++r) {
       const float* q = task.q + (r / task.group) * task.q_stride + static_cast<int64_t>(r % task.group) * head_dim;
       float* row = s.q + static_cast<size_t>(r) * head_dim;
-      float largest = 0;
-      for (int d = 0; d < head_dim; ++d) row[d] = q[d] * factor;
-      if (!is_integer) continue;
-      for (int d = 0; d < head_dim; ++d) {
-        const float magnitude = row[d] < 0 ? -row[d] : row[d];
-        largest = magnitude > largest ? magnitude : largest;
+      __m256 top = _mm256_setzero_ps();
+      for (int d = 0; d < head_dim; d += 8) {
+        const __m256 x = _mm256_mul_ps(_mm256_loadu_ps(q + d), _mm256_set1_ps(factor));
+        _mm256_storeu_ps(row + d, x);
+        top = _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x), top);
       }
-      const float inverse = largest > 1e-30f ? kFixedPointMax / largest : 0.0f;
-      const float scale = largest > 1e-30f ? largest / kFixedPointMax : 0.0f;
+      if (!is_integer) continue;
+      const float largest = _mm512_reduce_max_ps(_mm512_zextps256_ps512(top));
+      const bool is_tiny = !(largest > 1e-30f);
+      const __m256 inverse = _mm256_set1_ps(is_tiny ? 0.0f : kFixedPointMax / largest);
+      const float scale = is_tiny ? 0.0f : largest * (1.0f / kFixedPointMax);
       int8_t* high = s.q_high + static_cast<size_t>(r) * head_dim;
       int8_t* low = s.q_low + static_cast<size_t>(r) * head_dim;
       const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
       __m256i sums = _mm256_setzero_si256();
       for (int d = 0; d < head_dim; d += 8) {
-        __m256i fixed = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(row + d), _mm256_set1_ps(inverse)));
+        __m256i fixed = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(row + d), inverse));
         if (is_nibble) fixed = _mm256_permutevar8x32_epi32(fixed, order);
         sums = _mm256_add_epi32(sums, fixed);
         const __m256i rounded = _mm256_srai_epi32(_mm256_add_epi32(fixed, _mm256_set1_epi32(128)), 8);
         _mm_storel_epi64(reinterpret_cast<__m128i*>(low + d), _mm256_cvtepi32_epi8(fixed));
         _mm_storel_epi64(reinterpret_cast<__m128i*>(high + d), _mm256_cvtepi32_epi8(rounded));
       }
-      alignas(32) int32_t parts[8];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(parts), sums);
-      int32_t sum = 0;
-      for (int i = 0; i < 8; ++i) sum += parts[i];
       s.q_scale[r] = scale;
-      s.q_sum[r] = static_cast<float>(sum) * scale;
+      s.q_sum[r] = static_cast<float>(_mm512_reduce_add_epi32(_mm512_zextsi256_si512(sums))) * scale;
     }
   }
 
@@ -378,8 +393,8 @@ struct Avx512Tile {
   }
 
   // 256 * high + low of an exact integer dot product, |high| < 2^24.
-  static __m512 join(__m512i high, __m512i low) {
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(low));
+  static __m512 join(Sums high, Sums low) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)high), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps((__m512i)low));
   }
 
   static int32_t four_bytes(const int8_t* at) {
@@ -391,9 +406,9 @@ struct Avx512Tile {
   // Rows [first, first + R) of the block.
   template <int R>
   static void score_codes(const Scratch& s, int head_dim, int row, int first) {
-    __m512i high[R][kTileVecs], low[R][kTileVecs];
+    Sums high[R][kTileVecs], low[R][kTileVecs];
     for (int r = 0; r < R; ++r)
-      for (int n = 0; n < kTileVecs; ++n) high[r][n] = low[r][n] = _mm512_setzero_si512();
+      for (int n = 0; n < kTileVecs; ++n) high[r][n] = low[r][n] = Sums{};
     const auto* k = reinterpret_cast<const int32_t*>(s.k);
     const int8_t* q_high = s.q_high + static_cast<size_t>(row + first) * head_dim;
     const int8_t* q_low = s.q_low + static_cast<size_t>(row + first) * head_dim;
@@ -402,9 +417,9 @@ struct Avx512Tile {
       for (int n = 0; n < kTileVecs; ++n) keys[n] = _mm512_load_si512(k + n * kLanes);
       for (int r = 0; r < R; ++r) {
         const __m512i query_high = _mm512_set1_epi32(four_bytes(q_high + r * head_dim + d));
-        for (int n = 0; n < kTileVecs; ++n) high[r][n] = _mm512_dpbusd_epi32(high[r][n], keys[n], query_high);
+        for (int n = 0; n < kTileVecs; ++n) high[r][n] = dot_codes(high[r][n], keys[n], query_high);
         const __m512i query_low = _mm512_set1_epi32(four_bytes(q_low + r * head_dim + d));
-        for (int n = 0; n < kTileVecs; ++n) low[r][n] = _mm512_dpbusd_epi32(low[r][n], keys[n], query_low);
+        for (int n = 0; n < kTileVecs; ++n) low[r][n] = dot_codes(low[r][n], keys[n], query_low);
       }
     }
     for (int r = 0; r < R; ++r) {
@@ -419,60 +434,68 @@ struct Avx512Tile {
     }
   }
 
-  // scores -> p (fp32, or fixed point with the codec's scale folded in), alpha; updates m, l and l_min of the row.
-  static inline void softmax_row(const AttendTask& task, const Scratch& s, int row, int r, int low, int high,
-                                 bool is_masked, bool v_codes) {
-    __m512 x[kTileVecs];
-    __mmask16 seen[kTileVecs];
+  // scores -> p (fp32, or fixed point with the codec's scale folded in), alpha; updates m, l and l_min of the rows.
+  template <bool kIsMasked, bool kIsCapped, bool kCodes>
+  static void softmax_rows(const AttendTask& task, const Scratch& s, int row, int num_rows, const int* lows,
+                           const int* highs) {
     const __m512 nothing = _mm512_set1_ps(kNoScore);
-    const uint64_t below_high = high >= 64 ? ~uint64_t{0} : (uint64_t{1} << high) - 1;
-    const uint64_t below_low = low >= 64 ? ~uint64_t{0} : (uint64_t{1} << low) - 1;
-    const uint64_t mask = below_high & ~below_low;
-    __m512 top = nothing;
-    for (int n = 0; n < kTileVecs; ++n) {
-      x[n] = _mm512_load_ps(s.scores + r * kKvTileTokens + n * kLanes);
-      if (task.soft_cap > 0) x[n] = _mm512_mul_ps(tanh_lanes(x[n]), _mm512_set1_ps(task.soft_cap * kLog2E));
-      seen[n] = static_cast<__mmask16>(mask >> (16 * n));
-      if (is_masked) x[n] = _mm512_mask_blend_ps(seen[n], nothing, x[n]);
-      top = _mm512_max_ps(x[n], top);
-    }
-    const float tile_max = _mm512_reduce_max_ps(top);
-    const float m_old = s.m[row];
-    const float m_new = tile_max > m_old ? tile_max : m_old;
-    const __m512 m_lanes = _mm512_set1_ps(m_new);
-    const __m512 alpha = exp2_lanes(_mm512_sub_ps(_mm512_set1_ps(m_old), m_lanes));
-    s.m[row] = m_new;
-    s.alpha[r] = _mm512_cvtss_f32(alpha);
-    for (int n = 0; n < kTileVecs; ++n) {
-      x[n] = exp2_lanes(_mm512_sub_ps(x[n], m_lanes));
-      if (is_masked) x[n] = _mm512_maskz_mov_ps(seen[n], x[n]);
-    }
-    const __m512 sum = _mm512_add_ps(_mm512_add_ps(x[0], x[1]), _mm512_add_ps(x[2], x[3]));
-    float* l = s.l + static_cast<size_t>(row) * kStateLanes;
-    _mm512_store_ps(l, _mm512_fmadd_ps(_mm512_load_ps(l), alpha, sum));
-    if (!v_codes) {
-      for (int n = 0; n < kTileVecs; ++n) _mm512_store_ps(s.p + r * kKvTileTokens + n * kLanes, x[n]);
-      return;
-    }
-    __m512 min_sum = _mm512_setzero_ps();
-    top = _mm512_setzero_ps();
-    for (int n = 0; n < kTileVecs; ++n) {
-      min_sum = _mm512_fmadd_ps(x[n], _mm512_load_ps(s.v_min + n * kLanes), min_sum);
-      x[n] = _mm512_mul_ps(x[n], _mm512_load_ps(s.v_scale + n * kLanes));
-      top = _mm512_max_ps(x[n], top);
-    }
-    float* l_min = s.l_min + static_cast<size_t>(row) * kStateLanes;
-    _mm512_store_ps(l_min, _mm512_fmadd_ps(_mm512_load_ps(l_min), alpha, min_sum));
-    const float largest = _mm512_reduce_max_ps(top);
-    const bool is_tiny = !(largest > 1e-30f);
-    s.p_scale[r] = is_tiny ? 0.0f : largest / kFixedPointMax;
-    const __m512 inverse = _mm512_set1_ps(is_tiny ? 0.0f : kFixedPointMax / largest);
-    for (int n = 0; n < kTileVecs; ++n) {
-      const __m512i fixed = _mm512_cvtps_epi32(_mm512_mul_ps(x[n], inverse));
-      const __m512i rounded = _mm512_srai_epi32(_mm512_add_epi32(fixed, _mm512_set1_epi32(128)), 8);
-      const int at = r * kKvTileTokens + n * kLanes;
-      _mm_store_si128(reinterpret_cast<__m128i*>(s.p_low + at), _mm512_cvtepi32_epi8(fixed));
-      _mm_store_si128(reinterpret_cast<__m128i*>(s.p_high + at), _mm512_cvtepi32_epi8(rounded));
+    for (int r = 0; r < num_rows; ++r, ++row) {
+      __m512 x[kTileVecs];
+      __mmask16 seen[kTileVecs];
+      if (kIsMasked) {
+        const uint64_t below_high = highs[r] >= 64 ? ~uint64_t{0} : (uint64_t{1} << highs[r]) - 1;
+        const uint64_t below_low = lows[r] >= 64 ? ~uint64_t{0} : (uint64_t{1} << lows[r]) - 1;
+        const uint64_t mask = below_high & ~below_low;
+        for (int n = 0; n < kTileVecs; ++n) seen[n] = static_cast<__mmask16>(mask >> (16 * n));
+      }
+      for (int n = 0; n < kTileVecs; ++n) {
+        x[n] = _mm512_load_ps(s.scores + r * kKvTileTokens + n * kLanes);
+        if (kIsCapped) x[n] = _mm512_mul_ps(tanh_lanes(x[n]), _mm512_set1_ps(task.soft_cap * kLog2E));
+        if (kIsMasked) x[n] = _mm512_mask_blend_ps(seen[n], nothing, x[n]);
+      }
+      const float tile_max = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3])));
+      const float m_old = s.m[row];
+      const float m_new = tile_max > m_old ? tile_max : m_old;
+      const __m512 m_lanes = _mm512_set1_ps(m_new);
+      const __m512 alpha = exp2_lanes(_mm512_sub_ps(_mm512_set1_ps(m_old), m_lanes));
+      s.m[row] = m_new;
+      s.alpha[r] = _mm512_cvtss_f32(alpha);
+      for (int n = 0; n < kTileVecs; ++n) {
+        x[n] = exp2_lanes(_mm512_sub_ps(x[n], m_lanes));
+        if (kIsMasked) x[n] = _mm512_maskz_mov_ps(seen[n], x[n]);
+      }
+      const __m512 sum = _mm512_add_ps(_mm512_add_ps(x[0], x[1]), _mm512_add_ps(x[2], x[3]));
+      float* l = s.l + static_cast<size_t>(row) * kStateLanes;
+      _mm512_store_ps(l, _mm512_fmadd_ps(_mm512_load_ps(l), alpha, sum));
+      if (!kCodes) {
+        for (int n = 0; n < kTileVecs; ++n) _mm512_store_ps(s.p + r * kKvTileTokens + n * kLanes, x[n]);
+        continue;
+      }
+      __m512 min_sum = _mm512_setzero_ps();
+      for (int n = 0; n < kTileVecs; ++n) {
+        min_sum = _mm512_fmadd_ps(x[n], _mm512_load_ps(s.v_min + n * kLanes), min_sum);
+        x[n] = _mm512_mul_ps(x[n], _mm512_load_ps(s.v_scale + n * kLanes));
+      }
+      float* l_min = s.l_min + static_cast<size_t>(row) * kStateLanes;
+      _mm512_store_ps(l_min, _mm512_fmadd_ps(_mm512_load_ps(l_min), alpha, min_sum));
+      const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3])));
+      const bool is_tiny = !(largest > 1e-30f);
+      s.p_scale[r] = is_tiny ? 0.0f : largest * (1.0f / kFixedPointMax);
+      const __m512 inverse = _mm512_set1_ps(is_tiny ? 0.0f : kFixedPointMax / largest);
+      __m512i fixed[kTileVecs];
+      for (int n = 0; n < kTileVecs; ++n) fixed[n] = _mm512_cvtps_epi32(_mm512_mul_ps(x[n], inverse));
+      // 64 values of 15 bits -> 64 low and 64 high bytes. Packing leaves dword 4 i + j = tokens 16 j + 4 i ..: transposed.
+      const __m512i words01 = _mm512_packs_epi32(fixed[0], fixed[1]);
+      const __m512i words23 = _mm512_packs_epi32(fixed[2], fixed[3]);
+      const __m512i low_byte = _mm512_set1_epi16(255);
+      const __m512i half = _mm512_set1_epi16(128);
+      const __m512i low =
+          _mm512_packus_epi16(_mm512_and_si512(words01, low_byte), _mm512_and_si512(words23, low_byte));
+      const __m512i high = _mm512_packus_epi16(_mm512_srli_epi16(_mm512_add_epi16(words01, half), 8),
+                                               _mm512_srli_epi16(_mm512_add_epi16(words23, half), 8));
+      const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      _mm512_store_si512(s.p_low + r * kKvTileTokens, _mm512_permutexvar_epi32(order, low));
+      _mm512_store_si512(s.p_high + r * kKvTileTokens, _mm512_permutexvar_epi32(order, high));
     }
   }
 
@@ -501,18 +524,18 @@ struct Avx512Tile {
   static void accumulate_codes(const Scratch& s, int row, int first, int pitch, int num_tokens) {
     constexpr int kVecs = kColumnBlock / kLanes;
     for (int column = 0; column < pitch; column += kColumnBlock) {
-      __m512i high[R][kVecs], low[R][kVecs];
+      Sums high[R][kVecs], low[R][kVecs];
       for (int r = 0; r < R; ++r)
-        for (int n = 0; n < kVecs; ++n) high[r][n] = low[r][n] = _mm512_setzero_si512();
+        for (int n = 0; n < kVecs; ++n) high[r][n] = low[r][n] = Sums{};
       const auto* v = reinterpret_cast<const int32_t*>(s.v) + column;
       for (int t = 0; t < num_tokens; t += 4, v += pitch) {
         __m512i values[kVecs];
         for (int n = 0; n < kVecs; ++n) values[n] = _mm512_load_si512(v + n * kLanes);
         for (int r = 0; r < R; ++r) {
           const __m512i p_high = _mm512_set1_epi32(four_bytes(s.p_high + (first + r) * kKvTileTokens + t));
-          for (int n = 0; n < kVecs; ++n) high[r][n] = _mm512_dpbusd_epi32(high[r][n], values[n], p_high);
+          for (int n = 0; n < kVecs; ++n) high[r][n] = dot_codes(high[r][n], values[n], p_high);
           const __m512i p_low = _mm512_set1_epi32(four_bytes(s.p_low + (first + r) * kKvTileTokens + t));
-          for (int n = 0; n < kVecs; ++n) low[r][n] = _mm512_dpbusd_epi32(low[r][n], values[n], p_low);
+          for (int n = 0; n < kVecs; ++n) low[r][n] = dot_codes(low[r][n], values[n], p_low);
         }
       }
       for (int r = 0; r < R; ++r) {
@@ -542,7 +565,13 @@ struct Avx512Tile {
     } else {
       score_fp32<R>(s, head_dim, s.q + static_cast<size_t>(row) * head_dim);
     }
-    for (int r = 0; r < R; ++r) softmax_row(task, s, row + r, r, lows[r], highs[r], is_masked, v_codes);
+    if (task.soft_cap > 0) {
+      (v_codes ? softmax_rows<true, true, true> : softmax_rows<true, true, false>)(task, s, row, R, lows, highs);
+    } else if (is_masked) {
+      (v_codes ? softmax_rows<true, false, true> : softmax_rows<true, false, false>)(task, s, row, R, lows, highs);
+    } else {
+      (v_codes ? softmax_rows<false, false, true> : softmax_rows<false, false, false>)(task, s, row, R, lows, highs);
+    }
     if (v_codes) {
       accumulate_codes<kFirst>(s, row, 0, pitch, num_tokens);
       if constexpr (kSecond > 0) accumulate_codes<kSecond>(s, row, kFirst, pitch, num_tokens);

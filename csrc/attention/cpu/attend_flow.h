@@ -8,6 +8,9 @@
 //   Isa::attend_block(task, s, row, num_rows, lows, highs, is_masked)
 //                                         scores, online softmax and P V of rows [row, row + num_rows) against the tile
 //   Isa::column_of(task, out)             out[d] = column of element d in the accumulators
+//   Isa::reorder(o, column_of, f, D, out) out[d] = o[column_of[d]] * f
+//   Isa::rotate(x, D)                     undoes the rotation of V
+//   Isa::keeps_codes(task, stream)        whether the stream's codes are dotted as integers
 //
 // Invariants that make a token's result independent of what it is computed with: a row's arithmetic never reads another
 // row; tiles and splits lie at absolute positions; a tile that a row cannot see changes nothing of that row, bit for
@@ -193,6 +196,23 @@ int locate_tile(const AttendTask& task, const Scratch& s, int64_t tile_start, in
   return num_groups;
 }
 
+// Asks for a tile's bytes while the one before is computed: pages are scattered, so no hardware prefetcher sees it
+// coming. Into L2: a tile is as large as half of L1.
+inline void prefetch_rows(const std::byte* at, size_t num_bytes) {
+  for (size_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
+void prefetch_tile(const AttendTask& task, int64_t tile_start, int64_t end) {
+  for (int64_t position = tile_start; position < tile_start + kKvTileTokens && position < end;
+       position += kGroupTokens) {
+    const size_t slot = static_cast<size_t>(position % task.page_size);
+    const std::byte* page = task.arena + task.page_table[position / task.page_size] * task.arena_page_bytes;
+    prefetch_rows(page + task.k.codes_offset + slot * task.k.row_bytes, task.k.row_bytes * kGroupTokens);
+    prefetch_rows(page + task.v.codes_offset + slot * task.v.row_bytes, task.v.row_bytes * kGroupTokens);
+    if (has_params(task.k.codec)) __builtin_prefetch(page + task.k.params_offset + 4 * slot, 0, 2);
+    if (has_params(task.v.codec)) __builtin_prefetch(page + task.v.params_offset + 4 * slot, 0, 2);
+  }
+}
+
 void open_split(const AttendTask& task, const Scratch& s) {
   const size_t rows = task.num_rows;
   for (size_t r = 0; r < rows; ++r) s.m[r] = kNoScore;
@@ -262,7 +282,7 @@ void write_out(const AttendTask& task, const Scratch& s) {
     const float inverse = 1.0f / s.total_l[r];
     const float* o = s.total_o + static_cast<size_t>(r) * pitch;
     float* out = task.out + (r / task.group) * task.out_stride + static_cast<int64_t>(r % task.group) * head_dim;
-    for (int d = 0; d < head_dim; ++d) out[d] = o[column_of[d]] * inverse;
+    Isa::reorder(o, column_of, inverse, head_dim, out);
     if (task.v.codec == KvCodec::kInt4Rotated) Isa::rotate(out, head_dim);
   }
 }
@@ -289,6 +309,7 @@ void attend_task(const AttendTask& task, std::byte* scratch) {
       const int64_t left = end - tile_start;
       const int num_visible = static_cast<int>(left < kKvTileTokens ? left : kKvTileTokens);
       const int num_groups = locate_tile(task, s, tile_start, num_visible, groups);
+      prefetch_tile(task, tile_start + kKvTileTokens, visible_end);
       Isa::load_tile(task, s, groups, num_groups);
       for (int row = 0; row < task.num_rows; row += Isa::kRowBlock) {
         const int block_rows = task.num_rows - row < Isa::kRowBlock ? task.num_rows - row : Isa::kRowBlock;

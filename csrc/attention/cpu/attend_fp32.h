@@ -62,6 +62,10 @@ struct Fp32Tile {
     for (int d = 0; d < task.head_dim; ++d) out[d] = d;
   }
 
+  static void reorder(const float* o, const int32_t*, float factor, int head_dim, float* out) {
+    for (int d = 0; d < head_dim; ++d) out[d] = o[d] * factor;
+  }
+
   // Scores come out in units of log2, or of the cap where there is one.
   static float query_factor(const AttendTask& task) {
     return task.soft_cap > 0 ? task.scale / task.soft_cap : task.scale * kLog2E;

@@ -3,6 +3,7 @@
 
 namespace partita {
 
-const LogitScan kLogitScanAvx2 = {stripe_maxima, stripe_weights, collect_at_least, count_greater};
+const LogitScan kLogitScanAvx2 = {stripe_maxima, stripe_weights,   collect_range,
+                                  count_greater, measure_at_least, keep_at_least};
 
 }  // namespace partita

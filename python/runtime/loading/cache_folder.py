@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +24,8 @@ def make_private_folder(folder: Path) -> Path:
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """`write(temporary)`, then a rename: a reader sees the whole file or none, however many starts race."""
+    import tempfile
+
     make_private_folder(path.parent)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
     os.close(descriptor)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,10 +187,8 @@ def _cached_sentencepiece(vocabulary: GgufVocabulary, source: TokenizerSource) -
             pass  # a damaged copy: built again below
     with _no_garbage_collection():
         tokenizer = _guarded(vocabulary, _sentencepiece_tokenizer)
-    try:
+    with suppress(OSError):  # a read-only home costs time at the next start, nothing else
         write_atomically(path, lambda temporary: tokenizer.save(str(temporary), pretty=False))
-    except OSError:
-        pass  # a read-only home costs time at the next start, nothing else
     return tokenizer
 
 

@@ -24,5 +24,6 @@ def record_gemma3(recorder, config, model):
             recorder.norm_add("post_ffn", branch, hidden, layer.post_ffn_norm, eps)  # [T, H]
     last = recorder.gather_logit_rows(hidden)  # [S, H]
     logits = recorder.linear("logits", last, model.output, norm=model.output_norm, norm_eps=eps)  # [S, V]
-    recorder.sampling(logits, soft_cap=config.final_logit_softcap or 0.0)
+    recorder.soft_cap(logits, config.final_logit_softcap)
+    recorder.sampling(logits)
     return recorder.seal()

@@ -297,6 +297,10 @@ def _add_error_answers(app: FastAPI) -> None:
     async def refused(_request, refusal: RequestError):
         return respond(ApiError.from_refusal(refusal))
 
+    @app.exception_handler(Exception)
+    async def failed(_request, _error):  # the guard, to which it goes on from here, writes it to the log
+        return respond(ApiError(500, "The server failed to answer this request; its log says more."))
+
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException):
         if error.status_code == 404:

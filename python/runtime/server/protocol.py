@@ -249,13 +249,17 @@ def _as_api_error(error: ValidationError) -> ApiError:
     field = str(first["loc"][0]) if first["loc"] else "body"
     if first["type"] == "missing":
         return ApiError(400, f"{field} is required.", code="missing_parameter", param=field)
-    same_field = [detail for detail in details if detail["loc"][:1] == first["loc"][:1]]
-    # A field of several forms reports each form's complaint; positions inside it are ints, names of forms are text.
-    complaints = dict.fromkeys(_lowered(detail["msg"]) for detail in same_field)
-    param = ".".join(
-        [field, *(str(part) for part in first["loc"][1:] if isinstance(part, int) or len(same_field) == 1)]
-    )
-    shown = repr(first["input"])
+    # A field of several forms reports each form's complaints: the form that comes closest has the fewest, and deep ones.
+    forms: dict[object, list] = {}
+    for detail in details:
+        if detail["loc"][:1] == first["loc"][:1]:
+            forms.setdefault(detail["loc"][1:2], []).append(detail)
+    closest = min(forms.values(), key=lambda form: (len(form), -len(form[0]["loc"])))[0]
+    place = [str(part) for part in closest["loc"][1:] if isinstance(part, int) or len(forms) == 1]
+    same_depth = [form[0] for form in forms.values() if len(form[0]["loc"]) == len(closest["loc"]) <= 2] or [closest]
+    complaints = dict.fromkeys(_lowered(detail["msg"]) for detail in same_depth)
+    param = ".".join([field, *place])
+    shown = repr(closest["input"])
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     return ApiError(400, f"{param}: {' or '.join(complaints)}, got {shown}.", code="invalid_type", param=param)
 

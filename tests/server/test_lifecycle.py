@@ -1,0 +1,157 @@
+"""Requests that end early: clients that leave, queues that are full, servers that stop; and that nothing stays behind."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import socket
+import threading
+import time
+
+import pytest
+
+from tests.server.serving import MODEL, serve
+from tests.server.test_errors import check
+
+ROUTES = {
+    "/v1/completions": {"prompt": "hello world", "ignore_eos": True, "max_tokens": 400},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hello"}], "ignore_eos": True, "max_tokens": 400},
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_client_that_leaves_is_cancelled_within_a_step(route, stream, n):
+    step_s = 0.05
+    with serve(step_s=step_s) as server:
+        server.send_and_leave(route, {**ROUTES[route], "stream": stream, "n": n}, after_s=0.2)
+        left_s = time.monotonic()
+        server.wait_until(lambda: len(server.engine.aborts) == n)
+        assert time.monotonic() - left_s < step_s + 0.5  # the machine that runs the test may be busy
+        server.wait_until(server.is_idle)
+        assert {abort.reason for abort in server.engine.aborts} == {"disconnect"}
+        assert len(server.engine.submits) == n
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_that_leaves_the_queue_is_cancelled(stream):
+    with serve() as server:
+        server.engine.paused.set()  # nothing is scheduled
+        server.send_and_leave("/v1/completions", {**ROUTES["/v1/completions"], "stream": stream}, after_s=0.1)
+        server.wait_until(lambda: server.engine.aborts)
+        server.wait_until(server.is_idle)
+        server.engine.paused.clear()
+        assert server.complete(prompt="hello").status == 200
+
+
+def test_a_full_queue_answers_429_and_empties_again():
+    with serve(max_num_seqs=2, max_queued_requests=3) as server:
+        server.engine.paused.set()
+        body = {"prompt": "hello", "max_tokens": 2}
+        answers = []
+        threads = [threading.Thread(target=lambda: answers.append(server.complete(**body))) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        server.wait_until(lambda: server.front.num_in_flight == 5)
+        refused = server.complete(**body)
+        check(refused, 429, "queue_full", None, ("5", "3 queued"))
+        assert int(refused.headers["retry-after"]) >= 1
+        check(server.request("GET", "/ready"), 503, "queue_full")
+        assert server.request("GET", "/health").status == 200
+        server.engine.paused.clear()
+        for thread in threads:
+            thread.join(timeout=10)
+        assert [answer.status for answer in answers] == [200] * 5
+        check(server.complete(prompt=["a"] * 6), 429, "queue_full")  # more than can ever wait
+        assert server.complete(**body).status == 200
+
+
+def test_a_draining_server_ends_what_it_has_and_takes_nothing_new():
+    with serve(step_s=0.01) as server:
+        answers = []
+        thread = threading.Thread(
+            target=lambda: answers.append(server.complete(prompt="abc", ignore_eos=True, max_tokens=40))
+        )
+        thread.start()
+        server.wait_until(lambda: server.front.num_in_flight == 1)
+        server.front.start_draining()
+        check(server.complete(prompt="a"), 503, "shutting_down")
+        check(server.request("GET", "/ready"), 503, "shutting_down")
+        assert server.request("GET", "/live").status == 200
+        thread.join(timeout=10)
+        assert answers[0].json()["usage"]["completion_tokens"] == 40
+
+
+def test_a_client_that_does_not_read_is_dropped(monkeypatch):
+    monkeypatch.setattr("runtime.front.STALL_LIMIT_S", 0.2)
+    with serve(step_s=0.0, max_model_len=400_000) as server:
+        payload = json.dumps({
+            "model": MODEL, "prompt": "x" * 50, "stream": True, "ignore_eos": True, "max_tokens": 300_000, "logprobs": 20,
+        }).encode()  # fmt: skip
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with client:
+            client.connect(("127.0.0.1", server.port))
+            client.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n" % len(payload) + payload
+            )
+            server.wait_until(lambda: server.engine.aborts, timeout_s=30)
+            assert server.engine.aborts[0].reason == "stalled client"
+            server.wait_until(server.is_idle)
+            assert server.complete(prompt="hello").status == 200
+
+
+def test_a_stream_is_pinged_while_nothing_comes(monkeypatch):
+    monkeypatch.setattr("runtime.server.streaming.PING_PERIOD_S", 0.05)
+    with serve() as server:
+        server.engine.paused.set()
+        threading.Timer(0.3, server.engine.paused.clear).start()
+        answer = server.post("/v1/completions", {"prompt": "hello", "stream": True})
+        assert answer.raw.count(b": ping\n\n") >= 2
+        assert answer.raw.endswith(b"data: [DONE]\n\n")
+
+
+def test_a_thousand_requests_a_third_of_them_left_leave_nothing_behind():
+    generator = random.Random(5)
+    num_clients, num_each = 20, 50
+    with serve(step_s=0.001, max_num_seqs=8) as server:
+        failures = []
+
+        def run(seed: int) -> None:
+            mine = random.Random(seed)
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+            for _ in range(num_each):
+                stream = mine.random() < 0.5
+                body = {
+                    "prompt": "hello world " * mine.randint(1, 12),
+                    "max_tokens": mine.randint(1, 30),
+                    "stream": stream,
+                }
+                body |= {"ignore_eos": True, "n": mine.choice([1, 1, 2])}
+                if mine.random() < 1 / 3:
+                    server.send_and_leave(
+                        "/v1/completions", body, after_s=mine.random() * 0.03, read=mine.random() < 0.3
+                    )
+                    continue
+                connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+                response = connection.getresponse()
+                raw = response.read()
+                complete = raw.endswith(b"data: [DONE]\n\n") if stream else b'"finish_reason":"length"' in raw
+                if response.status != 200 or not complete:
+                    failures.append((response.status, raw[-200:]))
+            connection.close()
+
+        threads = [threading.Thread(target=run, args=(generator.getrandbits(30),)) for _ in range(num_clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+        assert not failures, failures[:3]
+        server.wait_until(server.is_idle)
+        assert len(server.engine.submits) >= 1000
+        assert len(server.engine.aborts) > 100
+        assert not server.front._generations
+        assert server.complete(prompt="hello").status == 200
