@@ -209,7 +209,7 @@ def describe_machine() -> dict[str, object]:
 
 def main() -> int:
     arguments = parse_arguments()
-    model = limits.ModelCost.from_gguf(arguments.model)
+    model = limits.ModelCost.from_checkpoint(arguments.model)
     peaks = machine_peaks(arguments)
     engines, left_out = start_engines(arguments, model.vocab_size)
     try:

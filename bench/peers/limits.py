@@ -6,6 +6,7 @@ bf16 dot-product peak), and at least as long as reading its weights and KV once 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from bench.peers.workload import Workload
@@ -20,7 +21,7 @@ class MachinePeaks:
 
 @dataclass(frozen=True, slots=True)
 class ModelCost:
-    """What one token costs; taken from a GGUF file's header."""
+    """What one token costs; taken from the model file's header."""
 
     name: str
     vocab_size: int
@@ -32,33 +33,22 @@ class ModelCost:
     kv_elements_per_token: int  # K and V of one token, all layers
 
     @classmethod
-    def from_gguf(cls, path: str) -> ModelCost:
-        import gguf  # the test extra; its two seconds do not matter here
+    def from_checkpoint(cls, path: str) -> ModelCost:
+        from runtime.loading.checkpoint import open_checkpoint
 
-        reader = gguf.GGUFReader(path)
-
-        def value(key: str) -> int:
-            return int(reader.fields[f"{architecture}.{key}"].contents())
-
-        architecture = reader.fields["general.architecture"].contents()
-        matrices = [tensor for tensor in reader.tensors if len(tensor.shape) == 2]
-        layers = [tensor for tensor in matrices if tensor.name.startswith("blk.")]
-        embedding = next(tensor for tensor in matrices if tensor.name == "token_embd.weight")
-        head = next((tensor for tensor in matrices if tensor.name == "output.weight"), embedding)
-        num_layers, num_heads = value("block_count"), value("attention.head_count")
-        num_kv_heads = value("attention.head_count_kv")
-        has_head_dim = f"{architecture}.attention.key_length" in reader.fields
-        head_dim = value("attention.key_length") if has_head_dim else value("embedding_length") // num_heads
-        name = reader.fields.get("general.name")
+        checkpoint = open_checkpoint(path)
+        config = checkpoint.config
+        layers = [t for name, t in checkpoint.tensors.items() if name.startswith("layers.") and len(t.shape) == 2]
+        head = checkpoint.tensors.get("lm_head", checkpoint.tensors["embedding"])
         return cls(
-            name=str(name.contents()) if name else architecture,
-            vocab_size=int(embedding.shape[1]),
-            linear_weights=sum(int(tensor.n_elements) for tensor in layers),
-            linear_bytes=sum(int(tensor.n_bytes) for tensor in layers),
-            head_weights=int(head.n_elements),
-            head_bytes=int(head.n_bytes),
-            attention_flops_per_key=4 * num_layers * num_heads * head_dim,
-            kv_elements_per_token=2 * num_layers * num_kv_heads * head_dim,
+            name=checkpoint.name,
+            vocab_size=config.vocab_size,
+            linear_weights=sum(math.prod(tensor.shape) for tensor in layers),
+            linear_bytes=sum(tensor.data.nbytes for tensor in layers),
+            head_weights=math.prod(head.shape),
+            head_bytes=head.data.nbytes,
+            attention_flops_per_key=4 * config.num_layers * config.num_q_heads * config.head_dim,
+            kv_elements_per_token=2 * config.num_layers * config.num_kv_heads * config.head_dim,
         )
 
 
@@ -68,18 +58,17 @@ KV_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8.5, "int4": 4.5}  # per 
 def limit_tokens_per_s(workload: Workload, model: ModelCost, peaks: MachinePeaks, kv_dtype: str) -> float:
     """The most tokens a second that the workload's timed part could reach."""
     if workload.is_prefill:
+        num_passes = 1
         num_tokens = workload.timed_tokens
         keys_per_token = workload.prompt_len / 2
-        num_heads_run = workload.num_requests  # only a prompt's last token needs logits
-        num_passes = 1
         kv_tokens_read = 0  # a chunk's own keys stay in cache
     else:
+        num_passes = workload.num_steps
         num_tokens = workload.num_requests
         keys_per_token = workload.prompt_len + workload.num_steps / 2
-        num_heads_run = workload.num_requests
-        num_passes = workload.num_steps
         kv_tokens_read = workload.num_requests * keys_per_token
-    int8_ops = 2.0 * (num_tokens * model.linear_weights + num_heads_run * model.head_weights)
+    # Only the last token of each request needs logits.
+    int8_ops = 2.0 * (num_tokens * model.linear_weights + workload.num_requests * model.head_weights)
     attention_flops = float(num_tokens * keys_per_token * model.attention_flops_per_key)
     arithmetic_s = int8_ops / (peaks.int8_gops * 1e9) + attention_flops / (peaks.bf16_gflops * 1e9)
     num_bytes = (
@@ -92,5 +81,7 @@ def measure_peaks(threads: int) -> MachinePeaks:
     """Asks the extension, which runs dot products out of registers and reads memory for about a second."""
     from runtime import _native
 
-    peaks = _native.machine_peaks(threads)
-    return MachinePeaks(peaks["int8_gops"], peaks["bf16_gflops"], peaks["bandwidth_gb_s"])
+    peaks = _native.machine_peaks(threads, 1.0)
+    # Without a bf16 dot product attention runs in fp32.
+    bf16_gflops = peaks["bf16_gflops"] or peaks["fp32_gflops"]
+    return MachinePeaks(peaks["int8_gops"], bf16_gflops, peaks["read_gb_per_second"])

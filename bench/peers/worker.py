@@ -8,10 +8,12 @@ libraries print goes to stderr.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from typing import Protocol
@@ -29,6 +31,12 @@ class Engine(Protocol):
         """Runs the workload once and returns the seconds that its timed part took."""
 
 
+def die_with_parent() -> None:
+    """A paused process cannot see that its stdin was closed: have Linux end it when compare.py is gone."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("engine", help="a module of bench.peers.engines")
@@ -38,6 +46,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, required=True)
     arguments = parser.parse_args()
 
+    die_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -49,9 +58,11 @@ def main() -> None:
         adapter = importlib.import_module(f"bench.peers.engines.{arguments.engine}")
         engine: Engine = adapter.load(arguments.model, arguments.threads, arguments.kv_dtype)
     except ImportError as error:
-        return answer(missing=str(error))
+        answer(missing=str(error))
+        return
     except Exception as error:
-        return answer(error=f"{type(error).__name__}: {error}")
+        answer(error=f"{type(error).__name__}: {error}")
+        return
     answer(version=engine.version(), load_s=time.perf_counter() - started)
 
     for line in sys.stdin:
@@ -64,7 +75,6 @@ def main() -> None:
             continue
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         answer(seconds=seconds, tokens_per_s=workload.timed_tokens / seconds, peak_resident_bytes=peak_bytes)
-    return None
 
 
 if __name__ == "__main__":
