@@ -11,8 +11,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 # Arguments of the render call itself: a request may not set them (CVE-2025-62426 is what happens otherwise).
 _RESERVED_KWARGS = frozenset(
     {
-        "add_generation_prompt", "bos_token", "chat_template", "continue_final_message", "documents", "eos_token", "messages",
-        "tokenize", "tools",
+        "add_generation_prompt", "bos_token", "chat_template", "continue_final_message", "documents", "eos_token",
+        "messages", "tokenize", "tools",
     }
 )  # fmt: skip
 _MAX_KWARGS = 32
