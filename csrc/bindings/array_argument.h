@@ -3,13 +3,16 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
+
 #include "core/tensor_view.h"
 
 namespace partita::bindings {
 
 // Borrows the memory of `object` for as long as the ArrayArgument lives.
-// Throws TypeMismatch (TypeError) when it is no array or its dtype is unknown; ValueError when it is
-// not on the CPU, or read-only while `writable` is asked for.
+// Throws TypeMismatch (TypeError) when it is no array or its dtype is unknown; ValueError when it is not on the CPU,
+// big-endian, misaligned, or read-only while `writable` is asked for. Strides are the op's to judge
+// (TensorView::expect).
 class ArrayArgument {
  public:
   ArrayArgument(pybind11::handle object, const char* name, bool writable = false);
@@ -17,11 +20,13 @@ class ArrayArgument {
   const TensorView* operator->() const { return &view_; }
 
  private:
-  bool from_buffer(pybind11::handle object, bool writable);
   bool from_array_interface(pybind11::handle object, bool writable);
-  bool from_dlpack(pybind11::handle object);
+  void read_array_interface(pybind11::handle object, bool writable);
+  bool from_dlpack(pybind11::handle object, bool writable);
+  bool from_buffer(pybind11::handle object, bool writable);
 
   pybind11::object owner_;
+  std::unique_ptr<pybind11::buffer_info> buffer_;  // held: releasing it would let a bytearray move
   TensorView view_;
 };
 

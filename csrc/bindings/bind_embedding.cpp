@@ -16,7 +16,7 @@ namespace {
 WeightFormat format_of(const TensorView& table, const std::optional<std::string>& format) {
   if (format) {
     if (table.dtype != DType::kU8)
-      throw TypeMismatch(concat("table: got dtype ", dtype_name(table.dtype), ", wanted uint8 with a format"));
+      throw TypeMismatch(concat("table: got dtype ", dtype_name(table.dtype), ", wanted uint8 with a weight_format"));
     return parse_weight_format(*format);
   }
   switch (table.dtype) {
@@ -28,7 +28,7 @@ WeightFormat format_of(const TensorView& table, const std::optional<std::string>
       return WeightFormat::kBF16;
     default:
       throw TypeMismatch(concat("table: got dtype ", dtype_name(table.dtype),
-                                ", wanted float32, float16 or bfloat16, or uint8 with a format"));
+                                ", wanted float32, float16 or bfloat16, or uint8 with a weight_format"));
   }
 }
 
@@ -64,7 +64,7 @@ void embedding(const py::object& table, const py::object& token_ids, const py::o
 
 void register_embedding(py::module_& module) {
   module.def("embedding", &embedding, py::arg("table"), py::arg("token_ids"), py::arg("out"), py::arg("scale"),
-             py::arg("format"), py::arg("num_threads"));
+             py::arg("weight_format"), py::arg("num_threads"));
 }
 
 }  // namespace partita::bindings

@@ -71,8 +71,8 @@ struct TileKernels {
 inline int64_t prepared_row_bytes(ActivationType type, int64_t in_features) {
   int64_t lines = 0;
   if (type == ActivationType::kInt8) lines = in_features / kGroupValues;
-  if (type == ActivationType::kBF16) lines = (in_features + 31) / 32;
-  if (type == ActivationType::kF32) lines = (in_features + 15) / 16;
+  if (type != ActivationType::kInt8)
+    lines = (in_features + 15) / 16;  // bf16 values are held as fp32, ready to multiply
   return (lines | 1) * 64;
 }
 
@@ -86,7 +86,6 @@ inline int64_t prepared_row_bytes(ActivationType type, int64_t in_features) {
                              std::byte* prepared);                                                           \
   void store_sums_##isa(const SumsStore& store);                                                             \
   void multiply_int8_##isa(const TileProduct& product);                                                      \
-  void multiply_bf16_##isa(const TileProduct& product);                                                      \
   void multiply_f32_##isa(const TileProduct& product);
 PARTITA_DECLARE_GEMM_PARTS(portable)
 PARTITA_DECLARE_GEMM_PARTS(avx2)

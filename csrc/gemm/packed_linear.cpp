@@ -11,6 +11,7 @@
 #include "core/parallel_for.h"
 #include "gemm/gemm.h"
 #include "gemm/kernels.h"
+#include "gemm/packed_memory.h"
 #include "gemm/packed_tile.h"
 #include "gemm/select.h"
 
@@ -42,7 +43,7 @@ class TiledLinear final : public PackedLinear {
  public:
   TiledLinear(const std::vector<Weight>& weights, ActivationType activations, int num_threads);
 
-  size_t packed_bytes() const override { return buffer_.bytes(); }
+  size_t packed_bytes() const override { return packed_bytes_; }
   size_t prepared_row_bytes() const override { return row_bytes_; }
   void prepare_row(const float* x, const float* norm_weight, float norm_eps, std::byte* prepared) const override {
     kernels_->prepare_row(x, norm_weight, norm_eps, in_features, prepared);
@@ -69,7 +70,8 @@ class TiledLinear final : public PackedLinear {
 
   const TileKernels* kernels_;
   int64_t row_bytes_;
-  AlignedBuffer buffer_;
+  std::shared_ptr<std::byte> packed_;
+  size_t packed_bytes_ = 0;
   std::vector<Segment> segments_;
   std::vector<Piece> pieces_, gated_pieces_;
   int64_t total_tiles_ = 0;
@@ -88,7 +90,8 @@ TiledLinear::TiledLinear(const std::vector<Weight>& weights, ActivationType acti
   std::vector<int64_t> offsets;
   for (const Weight& weight : weights) {
     Segment segment;
-    segment.layout = tile_layout(weight.format, activation_type == ActivationType::kBF16, in_features);
+    segment.layout =
+        tile_layout(activation_type == ActivationType::kBF16 ? WeightFormat::kBF16 : weight.format, in_features);
     segment.first_row = out_features;
     segment.num_rows = weight.out_features;
     out_features += weight.out_features;
@@ -100,7 +103,8 @@ TiledLinear::TiledLinear(const std::vector<Weight>& weights, ActivationType acti
     segments_.push_back(segment);
   }
   if (out_features % 2 == 0) cut_gated_pieces();
-  buffer_ = AlignedBuffer(total_bytes);
+  packed_bytes_ = total_bytes;
+  packed_ = allocate_packed_memory(packed_bytes_);
 
   // One job is a run of tiles of one segment, about 256 KB of them.
   struct Job {
@@ -109,7 +113,7 @@ TiledLinear::TiledLinear(const std::vector<Weight>& weights, ActivationType acti
   };
   std::vector<Job> jobs;
   for (size_t s = 0; s < segments_.size(); ++s) {
-    segments_[s].tiles = buffer_.data() + offsets[s];
+    segments_[s].tiles = packed_.get() + offsets[s];
     const int64_t num_tiles = ceil_div(segments_[s].num_rows, kTileRows);
     const int64_t step = std::max<int64_t>(1, (256 << 10) / segments_[s].layout.tile_bytes);
     for (int64_t tile = 0; tile < num_tiles; tile += step)
@@ -121,7 +125,7 @@ TiledLinear::TiledLinear(const std::vector<Weight>& weights, ActivationType acti
     const AlignedBuffer workspace(kTileRows * in_features * sizeof(float));
     for (int64_t tile = job.first_tile; tile < job.end_tile; ++tile)
       pack_tile(weights[job.segment], layout, tile * kTileRows, workspace.data(),
-                buffer_.data() + offsets[job.segment] + tile * layout.tile_bytes);
+                packed_.get() + offsets[job.segment] + tile * layout.tile_bytes);
   });
 }
 
@@ -151,7 +155,7 @@ TiledLinear::Cut TiledLinear::cut(int64_t num_tokens, bool gated) const {
   cut.token_block = std::max<int64_t>(1, ceil_div(num_tokens, num_blocks));
   int64_t tiles = kPrefillChunkTiles;
   if (num_tokens <= kernels_->max_decode_tokens)
-    tiles = std::max<int64_t>(1, kDecodeChunkBytes * total_tiles_ / static_cast<int64_t>(buffer_.bytes()));
+    tiles = std::max<int64_t>(1, kDecodeChunkBytes * total_tiles_ / static_cast<int64_t>(packed_bytes_));
   if (gated) tiles = std::max<int64_t>(1, tiles / 2);
   const int64_t output_tiles = gated ? total_tiles_ / 2 : total_tiles_;
   tiles = std::max<int64_t>(1, std::min(tiles, output_tiles * num_blocks / kMinChunks));
@@ -205,6 +209,13 @@ void TiledLinear::run_chunk(const std::byte* prepared, int64_t num_tokens, const
     row_chunk -= count;
   const int64_t begin = piece->begin + row_chunk * c.chunk_rows;
   const int64_t end = std::min(piece->end, begin + c.chunk_rows);
+
+  // Outputs of many tokens have left the cache since they were last touched: ask for them before the dots, so that
+  // the stores after them do not wait.
+  if (num_tokens > kernels_->max_decode_tokens)
+    for (int64_t t = first_token; t < first_token + block_tokens; ++t)
+      for (int64_t r = begin; r < end; r += kTileRows)
+        __builtin_prefetch(epilogue.out + t * epilogue.out_stride + r, 1, 2);
 
   const std::byte* rows = prepared + first_token * row_bytes_;
   auto* sums = reinterpret_cast<float*>(scratch + kTileScratchBytes);

@@ -96,30 +96,24 @@ void pack_float(const Weight& weight, int64_t first_row, std::byte* tile) {
   }
 }
 
-void pack_bf16_pairs(const Weight& weight, int64_t first_row, float* row_values, std::byte* tile) {
+// row_values: [in_features]
+void pack_rounded_to_bf16(const Weight& weight, int64_t first_row, float* row_values, std::byte* tile) {
   const int64_t num_rows = std::min<int64_t>(kTileRows, weight.out_features - first_row);
-  const int64_t num_pairs = (weight.in_features + 1) / 2;
-  auto* pairs = reinterpret_cast<uint16_t*>(tile);
-  std::memset(tile, 0, num_pairs * kTileRows * 4);
+  auto* target = reinterpret_cast<uint16_t*>(tile);
+  std::memset(tile, 0, weight.in_features * kTileRows * 2);
   for (int64_t r = 0; r < num_rows; ++r) {
     weight.dequantize_row(first_row + r, row_values);
-    for (int64_t k = 0; k < weight.in_features; ++k)
-      pairs[((k / 2) * kTileRows + r) * 2 + k % 2] = float_to_bf16(row_values[k]);
+    for (int64_t k = 0; k < weight.in_features; ++k) target[k * kTileRows + r] = float_to_bf16(row_values[k]);
   }
 }
 
 }  // namespace
 
-TileLayout tile_layout(WeightFormat format, bool is_bf16_pairs, int64_t in_features) {
+TileLayout tile_layout(WeightFormat format, int64_t in_features) {
   TileLayout layout;
   layout.format = format;
-  layout.is_bf16_pairs = is_bf16_pairs;
   layout.in_features = in_features;
   const auto whole_lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
-  if (is_bf16_pairs) {
-    layout.tile_bytes = (in_features + 1) / 2 * kTileRows * 4;
-    return layout;
-  }
   if (!is_quantized(format)) {
     layout.tile_bytes = whole_lines(in_features * kTileRows * weight_format_info(format).block_bytes);
     return layout;
@@ -138,7 +132,8 @@ TileLayout tile_layout(WeightFormat format, bool is_bf16_pairs, int64_t in_featu
 
 void pack_tile(const Weight& weight, const TileLayout& layout, int64_t first_row, std::byte* workspace,
                std::byte* tile) {
-  if (layout.is_bf16_pairs) return pack_bf16_pairs(weight, first_row, reinterpret_cast<float*>(workspace), tile);
+  if (layout.format != weight.format)
+    return pack_rounded_to_bf16(weight, first_row, reinterpret_cast<float*>(workspace), tile);
   if (layout.num_groups == 0) return pack_float(weight, first_row, tile);
   pack_codes(weight, layout, first_row, reinterpret_cast<uint8_t*>(workspace), tile);
   pack_parameters(weight, layout, first_row, tile);

@@ -7,8 +7,8 @@
 //                 Q4_1            [2][16] fp16 scale, min
 //                 Q4_K            [2][16] u8 scale, min;  Q6_K  [2][16] s8 scale of each half group
 //               and for the two-level formats a record per 256 inputs: Q4_K [2][16] fp16, Q6_K [16] fp16.
-//   float       [K][16] in the weight's own type (exact mode), or
-//   bf16 pairs  [K/2][16][2] bfloat16 (the operand order of VDPBF16PS), zero where K is odd.
+//   float       [K][16] in the tile's own type: the weight's (exact mode), or bfloat16 (bf16 activations), to which
+//               other formats are rounded.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +23,6 @@ inline constexpr int kGroupValues = 32;  // inputs per activation scale
 
 struct TileLayout {
   WeightFormat format = WeightFormat::kF32;
-  bool is_bf16_pairs = false;
   int64_t in_features = 0;
   int64_t num_groups = 0;        // of 32 inputs (quantised only)
   int64_t code_bytes = 0;        // per group: 256 or 512
@@ -34,7 +33,8 @@ struct TileLayout {
   int64_t tile_bytes = 0;        // a multiple of 64
 };
 
-TileLayout tile_layout(WeightFormat format, bool is_bf16_pairs, int64_t in_features);
+// `format` is the tile's; the weight's own or kBF16.
+TileLayout tile_layout(WeightFormat format, int64_t in_features);
 
 // Packs rows [first_row, first_row + 16) of `weight` (rows past the end as zeros).
 // workspace: [16 * in_features * 4] bytes

@@ -107,6 +107,59 @@ class ChatTemplate:
 
         return _bounded(write, "chat template failed")
 
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """Token ids of the rendered prompt, in which a special token is one only where the template wrote it.
+
+        What messages and tools spell as "<|im_end|>" stays text: nobody ends his turn and begins another's by typing
+        it. Arguments and errors as in `render`.
+        """
+        pattern = _special_pattern(tokenizer)
+        plain_messages = _marked(_checked_messages(messages), pattern)
+        plain_tools = None if tools is None else _marked(_plain(list(tools), "tools"), pattern)
+        text = self.render(plain_messages, add_generation_prompt, plain_tools, **kwargs)
+        if _MARK_BEGIN not in text and _MARK_END not in text:
+            return tokenizer.encode(text, add_special_tokens=False)
+        # Even pieces are the prompt as it is, odd ones marked tokens (None for a mark that the template tore off).
+        ids: list[int] = []
+        whole = f"{_MARK_BEGIN}(.{_MARK_BEGIN}[^{_MARK_BEGIN}{_MARK_END}]*){_MARK_END}"
+        pieces = re.split(f"{whole}|[{_MARK_BEGIN}{_MARK_END}]", text, flags=re.DOTALL)
+        for index, piece in enumerate(pieces):
+            if piece:
+                piece = piece.replace(_MARK_BEGIN, "")
+                ids += tokenizer.encode(piece, add_special_tokens=False, parse_special_tokens=index % 2 == 0)
+        return ids
+
+
+_MARK_BEGIN, _MARK_END = "\ue0f0", "\ue0f1"  # private use: of no meaning to any tokenizer
+
+
+@lru_cache(maxsize=8)
+def _special_pattern(tokenizer: Tokenizer) -> re.Pattern:
+    """Matches the name of any special token, the longest first."""
+    names = {tokenizer.token_name(token_id) or "" for token_id in tokenizer.special_ids} - {""}
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
+
+def _marked(value: Any, pattern: re.Pattern) -> Any:
+    """`value` with every special token in its strings between marks; marks that came in are dropped.
+
+    One more mark follows the token's first character, so that a template that cuts the string cannot set it free.
+    """
+    if isinstance(value, str):
+        if _MARK_BEGIN in value or _MARK_END in value:
+            value = value.replace(_MARK_BEGIN, "").replace(_MARK_END, "")
+        return pattern.sub(lambda match: f"{_MARK_BEGIN}{match[0][0]}{_MARK_BEGIN}{match[0][1:]}{_MARK_END}", value)
+    if isinstance(value, dict):
+        return {name: _marked(item, pattern) for name, item in value.items()}
+    return [_marked(item, pattern) for item in value] if isinstance(value, list) else value
+
 
 def _checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:

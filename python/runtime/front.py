@@ -20,6 +20,8 @@ from runtime.sampling_params import SamplingParams
 
 logger = logging.getLogger("partita.front")
 
+TICK_PERIOD_S = 1.0
+PING_PERIOD_S = 12.0  # a stream says something after so long, lest proxies close it during a long prefill
 STALL_LIMIT_S = 30.0  # a client that takes no byte for so long is dropped
 STATS_LINE_PERIOD_S = 10.0
 
@@ -80,6 +82,7 @@ class Generation:
         self.cancelled: str | None = None
         self.stalled_task: asyncio.Task | None = None  # the writer, while it waits for the client to take bytes
         self.stalled_since_s = math.inf
+        self.silent_since_s = math.inf  # while someone waits for news
         self._news = False
         self._waiter: asyncio.Future | None = None
 
@@ -107,21 +110,22 @@ class Generation:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    async def wait(self, timeout_s: float | None = None) -> bool:
-        """Returns when there is something to take, all is finished or the call was cancelled; False at the timeout."""
+    async def wait(self) -> bool:
+        """Returns when there is something to take, all is finished or the call was cancelled; False after a while of
+        silence (``PING_PERIOD_S``, to the second: no timer is set for it, the front's tick looks around)."""
         if not self._news:
-            self._waiter = asyncio.get_running_loop().create_future()
-            timer = self.front.loop.call_later(timeout_s, self._time_out) if timeout_s is not None else None
+            self._waiter = self.front.loop.create_future()
+            self.silent_since_s = time.monotonic()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
-                if timer is not None:
-                    timer.cancel()
+                self.silent_since_s = math.inf
         arrived, self._news = self._news, False
         return arrived
 
-    def _time_out(self) -> None:
+    def end_silence(self) -> None:
+        """Makes a ``wait`` return False."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -358,15 +362,15 @@ class Front:
         self._line_counts[1] += num_generated
         self.observer.stepped(num_prompt, num_generated)
 
-    # Once a second
+    # Every tick
 
     async def _tick(self) -> None:
         last_line_s = time.monotonic()
         while True:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(TICK_PERIOD_S)
             try:
                 now = time.monotonic()
-                self._drop_stalled(now)
+                self._look_at_streams(now)
                 if self.engine is None:
                     continue
                 stats = self.look_at_engine()
@@ -378,8 +382,10 @@ class Front:
             except Exception:
                 logger.exception("the front's periodic check failed")
 
-    def _drop_stalled(self, now: float) -> None:
+    def _look_at_streams(self, now: float) -> None:
         for generation in list(self._generations):
+            if now - generation.silent_since_s > PING_PERIOD_S:
+                generation.end_silence()
             if now - generation.stalled_since_s > STALL_LIMIT_S and generation.stalled_task is not None:
                 logger.warning(
                     "request %s: the client took nothing for %.0f s; dropped", generation.request_id, STALL_LIMIT_S

@@ -14,14 +14,21 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 
 
+def _shown(value: object) -> str:
+    try:
+        shown = repr(value)
+    except ValueError:  # an int of more digits than Python writes
+        shown = f"a very large {type(value).__name__}"
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
 def _reject(name: str, value: object, wanted: str) -> None:
-    shown = repr(value)
-    raise ValueError(f"{name} must be {wanted}, got {shown if len(shown) <= 80 else shown[:77] + '...'}")
+    raise ValueError(f"{name} must be {wanted}, got {_shown(value)}")
 
 
 def _check_number(name: str, value: object, low: float, high: float, wanted: str, *, low_open: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {_shown(value)}")
     try:
         number = float(value)
     except OverflowError:
@@ -34,7 +41,7 @@ def _check_number(name: str, value: object, low: float, high: float, wanted: str
 
 def _check_integer(name: str, value: object, low: int, high: int | None, wanted: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__} {_shown(value)}")
     if value < low or (high is not None and value > high):
         _reject(name, value, wanted)
     return value
@@ -42,7 +49,7 @@ def _check_integer(name: str, value: object, low: int, high: int | None, wanted:
 
 def _check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be true or false, got {type(value).__name__} {value!r}")
+        raise TypeError(f"{name} must be true or false, got {type(value).__name__} {_shown(value)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +123,7 @@ class SamplingParams:
             _reject("stop", f"{len(stop)} strings", f"at most {MAX_STOP_STRINGS} strings")
         for text in stop:
             if not isinstance(text, str):
-                raise TypeError(f"stop must hold strings, got {type(text).__name__} {text!r}")
+                raise TypeError(f"stop must hold strings, got {type(text).__name__} {_shown(text)}")
             num_bytes = len(text.encode("utf-8", "surrogatepass"))
             if not 1 <= num_bytes <= MAX_STOP_STRING_BYTES:
                 _reject("stop", text, f"strings of 1 to {MAX_STOP_STRING_BYTES} bytes")
@@ -135,7 +142,12 @@ class SamplingParams:
 
     def _checked_logit_bias(self) -> tuple[tuple[int, float], ...]:
         bias = () if self.logit_bias is None else self.logit_bias
+        wanted = TypeError(f"logit_bias must map token ids to numbers, got {type(bias).__name__}")
+        if isinstance(bias, str) or not isinstance(bias, Iterable):
+            raise wanted
         pairs = tuple(bias.items()) if isinstance(bias, Mapping) else tuple(bias)
+        if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in pairs):
+            raise wanted
         if len(pairs) > MAX_LOGIT_BIAS:
             _reject("logit_bias", f"{len(pairs)} entries", f"at most {MAX_LOGIT_BIAS} entries")
         checked = {}

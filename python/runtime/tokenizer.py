@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import json
 import os
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     from runtime.model_config import ModelConfig
 
 MAX_TOKENIZER_JSON_BYTES = 256 << 20
+# The tokenizers library would start threads of its own on the engine's cores, and warn about them at every fork.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _byte_of_char() -> dict[int, int]:
@@ -88,7 +89,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._lock = threading.Lock()  # encode_special_tokens is a property of the backend, not of a call
+        self._plain_backend: Backend | None = None  # takes special tokens in a text for text; made when first asked for
         added = backend.get_added_tokens_decoder()
         self._decoding, self._strips_space = _decoding_of(backend)
         self._bytes = _TokenBytes(backend, {index: token.content for index, token in added.items()}, self._decoding)
@@ -132,40 +133,32 @@ class Tokenizer:
     def encode_batch(
         self, texts: Sequence[str], add_special_tokens: bool = True, parse_special_tokens: bool = True
     ) -> list[list[int]]:
-        """`encode` of each text."""
+        """`encode` of each text. Raises as encode does, for the first text that is refused."""
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"text: got {type(text).__name__}, wanted str")
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"text: got a lone surrogate at character {error.start}, wanted valid Unicode"
-                ) from None
-        with self._lock:
-            self._backend.encode_special_tokens = not parse_special_tokens
-            try:
-                if len(texts) == 1:  # the batch call spreads over threads of its own
-                    encodings = [self._backend.encode(texts[0], add_special_tokens=add_special_tokens)]
-                else:
-                    encodings = self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
-            except BaseException as error:
-                if type(error).__name__ != "PanicException":  # Rust's, which is no Exception
-                    raise
-                raise ValueError(f"text: the tokenizer failed on it: {str(error)[:200]}") from None
-            finally:
-                self._backend.encode_special_tokens = False
-        results = []
-        for encoding in encodings:
-            ids = encoding.ids
-            if add_special_tokens:
-                ids = self._first_ids + ids + self._last_ids
-            if ids and max(ids) >= self.vocab_size:
-                raise ValueError(
-                    f"text: got token id {max(ids)}, wanted ids below the model's vocabulary {self.vocab_size}"
-                )
-            results.append(ids)
+        backend = self._backend if parse_special_tokens else self._without_special_tokens()
+        try:  # the call that leaves out what nobody reads: offsets, masks
+            encodings = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            _refuse_surrogates(texts)
+            if type(error).__name__ != "PanicException":  # Rust's, which is no Exception
+                raise
+            raise ValueError(f"text: the tokenizer failed on it: {str(error)[:200]}") from None
+        first, last = (self._first_ids, self._last_ids) if add_special_tokens else ([], [])
+        results = [first + encoding.ids + last for encoding in encodings]
+        highest = max((max(ids) for ids in results if ids), default=0)
+        if highest >= self.vocab_size:
+            raise ValueError(f"text: got token id {highest}, wanted ids below the model's vocabulary {self.vocab_size}")
         return results
+
+    def _without_special_tokens(self) -> Backend:
+        # A backend of its own, because the choice is a property of the backend and calls come from several threads.
+        if self._plain_backend is None:
+            plain = type(self._backend).from_str(self._backend.to_str())
+            plain.encode_special_tokens = True
+            self._plain_backend = plain
+        return self._plain_backend
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True, continuation: bool = False) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. `continuation`: the ids follow other text, so a
@@ -193,6 +186,15 @@ class Tokenizer:
     def token_name(self, token_id: int) -> str | None:
         """The token's name in the vocabulary, such as "<|im_end|>" or "Ġhello"; None past its end."""
         return self._backend.id_to_token(token_id) if token_id >= 0 else None
+
+
+def _refuse_surrogates(texts: Sequence[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            what = f"text: got a lone surrogate at character {error.start}, wanted valid Unicode"
+            raise ValueError(what) from None
 
 
 def _decoding_of(backend: Backend) -> tuple[str, bool]:

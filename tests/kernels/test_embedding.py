@@ -15,7 +15,9 @@ def rng():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("vocab_size, hidden, num_tokens", [(1, 1, 1), (50, 7, 3), (300, 576, 200), (90, 33, 1000)])
+@pytest.mark.parametrize(
+    ("vocab_size", "hidden", "num_tokens"), [(1, 1, 1), (50, 7, 3), (300, 576, 200), (90, 33, 1000)]
+)
 def test_gathers_rows_exactly(rng, dtype, vocab_size, hidden, num_tokens):
     table = rng.standard_normal((vocab_size, hidden)).astype(dtype)
     token_ids = rng.integers(0, vocab_size, num_tokens).astype(np.int32)
@@ -34,19 +36,19 @@ def test_scales_every_element(rng):
     assert (out == table[token_ids].astype(np.float32) * np.float32(scale)).all()
 
 
-@pytest.mark.parametrize("format", ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K"])
-def test_gathers_rows_of_gguf_blocks(rng, format):
+@pytest.mark.parametrize("weight_format", ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K"])
+def test_gathers_rows_of_gguf_blocks(rng, weight_format):
     gguf = pytest.importorskip("gguf")
-    quantization = gguf.GGMLQuantizationType[format]
+    quantization = gguf.GGMLQuantizationType[weight_format]
     block_length, block_bytes = gguf.GGML_QUANT_SIZES[quantization]
-    table = rng.integers(0, 256, (20, 3 * 256 // block_length * block_bytes)).astype(np.uint8)
+    table = rng.integers(0, 256, (200, 3 * 256 // block_length * block_bytes)).astype(np.uint8)
     with np.errstate(invalid="ignore"):  # random bytes make some scales infinite
         want = gguf.quants.dequantize(table, quantization)
     finite = np.isfinite(want).all(axis=1)
     token_ids = np.flatnonzero(finite)[::-1].astype(np.int32)
     assert len(token_ids) > 2
     out = np.full((len(token_ids), 768), np.nan, np.float32)
-    embedding(table, token_ids, out, format=format)
+    embedding(table, token_ids, out, weight_format=weight_format)
     np.testing.assert_allclose(out, want[token_ids], rtol=1e-6)
 
 
@@ -70,10 +72,10 @@ def test_bad_input():
         embedding(table[0], good, out)
     with pytest.raises(TypeError, match="table: got dtype int32"):
         embedding(table.astype(np.int32), good, out)
-    with pytest.raises(TypeError, match="wanted uint8 with a format"):
-        embedding(table, good, out, format="Q4_1")
+    with pytest.raises(TypeError, match="wanted uint8 with a weight_format"):
+        embedding(table, good, out, weight_format="Q4_1")
     with pytest.raises(ValueError):
-        embedding(np.zeros((4, 33), np.uint8), good, np.zeros((3, 32), np.float32), format="Q8_0")
+        embedding(np.zeros((4, 33), np.uint8), good, np.zeros((3, 32), np.float32), weight_format="Q8_0")
     for scale in (np.nan, np.inf):
         with pytest.raises(ValueError, match="scale"):
             embedding(table, good, out, scale=scale)

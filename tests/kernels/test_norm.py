@@ -48,7 +48,7 @@ def test_equals_the_reference(isa, rng, shape, eps):
     x, weight = inputs(rng, shape)
     out = np.full_like(x, np.nan)
     rms_norm(x, weight, out, eps=eps)
-    assert relative_error(out, reference(x, weight, eps)) < 3e-7
+    assert relative_error(out, reference(x, weight, eps)) < 5e-7
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -97,7 +97,8 @@ def test_nan_stays_in_its_row(isa, rng):
     x[1, 40] = np.nan
     out = np.empty_like(x)
     rms_norm(x, weight, out)
-    assert np.isnan(out[1]).all() and np.isfinite(out[[0, 2]]).all()
+    assert np.isnan(out[1]).all()
+    assert np.isfinite(out[[0, 2]]).all()
 
 
 def test_no_rows(rng):

@@ -86,7 +86,7 @@ def test_logprobs_come_with_every_token(tiny):
 
 def test_lower_priority_numbers_run_first(tiny):
     path, loaded = tiny
-    with running_engine(path, loaded=loaded, max_model_len=256, max_num_seqs=1, policy="priority") as engine:
+    with running_engine(path, loaded=loaded, max_model_len=256, max_num_seqs=1) as engine:
         running = engine.submit(random_prompt(loaded), max_tokens=100)
         engine.wait_until(lambda: engine.answers[running].token_ids)
         late = engine.submit(random_prompt(loaded), max_tokens=2, priority=5)

@@ -86,6 +86,7 @@ def test_a_draining_server_ends_what_it_has_and_takes_nothing_new():
 
 def test_a_client_that_does_not_read_is_dropped(monkeypatch):
     monkeypatch.setattr("runtime.front.STALL_LIMIT_S", 0.2)
+    monkeypatch.setattr("runtime.front.TICK_PERIOD_S", 0.05)
     with serve(step_s=0.0, max_model_len=400_000) as server:
         payload = json.dumps({
             "model": MODEL, "prompt": "x" * 50, "stream": True, "ignore_eos": True, "max_tokens": 300_000, "logprobs": 20,
@@ -105,7 +106,8 @@ def test_a_client_that_does_not_read_is_dropped(monkeypatch):
 
 
 def test_a_stream_is_pinged_while_nothing_comes(monkeypatch):
-    monkeypatch.setattr("runtime.server.streaming.PING_PERIOD_S", 0.05)
+    monkeypatch.setattr("runtime.front.PING_PERIOD_S", 0.05)
+    monkeypatch.setattr("runtime.front.TICK_PERIOD_S", 0.02)
     with serve() as server:
         server.engine.paused.set()
         threading.Timer(0.3, server.engine.paused.clear).start()

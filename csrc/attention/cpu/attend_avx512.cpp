@@ -161,6 +161,17 @@ void load_k_codes(const AttendTask& task, const Scratch& s, const TokenGroup& gr
   }
 }
 
+// bf16 pairs as they are: lane t of row i holds elements 2i and 2i + 1 of token t. [D / 2, 64]
+void load_k_pairs(const AttendTask& task, const Scratch& s, const TokenGroup& group, int g) {
+  auto* out = reinterpret_cast<int32_t*>(s.k) + g * kGroupTokens;
+  const int row_bytes = static_cast<int>(task.k.row_bytes);
+  for (int byte = 0; byte < row_bytes; byte += 16) {
+    __m512i words[4];
+    transpose_16_rows(group.k + byte, task.k.row_bytes, words);
+    for (int i = 0; i < 4; ++i, out += kKvTileTokens) _mm512_store_si512(out, words[i]);
+  }
+}
+
 // ---- V: 16 tokens into the tile's rows
 
 // Columns in the order that loading leaves: see column_of().
@@ -282,6 +293,26 @@ struct Avx512Tile {
     return !task.exact && has_params(stream.codec);
   }
 
+  // A tile of bf16 for one row block is not worth widening in memory: K is transposed in pairs and V read where it
+  // lies. The multiply-adds and their order are the same.
+  static bool widens_late(const AttendTask& task, const KvStream& stream) {
+    return stream.codec == KvCodec::kBF16 && task.num_rows <= kRowBlock;
+  }
+
+  // Two in each turn of the fp32 loops, over d and over (column block, token); four in each turn of the integer loops,
+  // over 4 elements and over (column block, 4 tokens).
+  static int k_prefetches(const AttendTask& task) {
+    return keeps_codes(task, task.k) ? task.head_dim : 2 * task.head_dim;
+  }
+  static int v_prefetches(const AttendTask& task) {
+    const int pitch = partial_pitch(task.head_dim);
+    return keeps_codes(task, task.v) ? pitch : 2 * pitch;
+  }
+  template <int kCount>
+  static void prefetch(const std::byte* const* lines) {
+    for (int i = 0; i < kCount; ++i) __builtin_prefetch(lines[i], 0, 2);
+  }
+
   static void rotate(float* x, int head_dim) {
     int size = 1;
     while (size < 256 && head_dim % (size * 2) == 0) size *= 2;
@@ -358,12 +389,14 @@ struct Avx512Tile {
     for (int g = 0; g < num_groups; ++g) {
       if (keeps_codes(task, task.k)) {
         load_k_codes(task, s, groups[g], g);
+      } else if (widens_late(task, task.k)) {
+        load_k_pairs(task, s, groups[g], g);
       } else {
         load_k_fp32(task, s, groups[g], g);
       }
       if (keeps_codes(task, task.v)) {
         load_v_codes(task, s, groups[g], g);
-      } else {
+      } else if (!widens_late(task, task.v)) {
         load_v_fp32(task, s, groups[g], g);
       }
     }
@@ -374,19 +407,44 @@ struct Avx512Tile {
     }
   }
 
-  template <int R>
+  template <int R, bool kPrefetches>
   static void score_fp32(const Scratch& s, int head_dim, const float* q) {
     __m512 acc[R][kTileVecs];
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < kTileVecs; ++n) acc[r][n] = _mm512_setzero_ps();
     const float* k = s.k;
     for (int d = 0; d < head_dim; ++d, k += kKvTileTokens) {
+      if (kPrefetches) prefetch<2>(s.k_lines + 2 * d);
       __m512 keys[kTileVecs];
       for (int n = 0; n < kTileVecs; ++n) keys[n] = _mm512_load_ps(k + n * kLanes);
       for (int r = 0; r < R; ++r) {
         const __m512 query = _mm512_set1_ps(q[r * head_dim + d]);
         for (int n = 0; n < kTileVecs; ++n) acc[r][n] = _mm512_fmadd_ps(query, keys[n], acc[r][n]);
       }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < kTileVecs; ++n) _mm512_store_ps(s.scores + r * kKvTileTokens + n * kLanes, acc[r][n]);
+  }
+
+  template <int R, bool kPrefetches>
+  static void score_pairs(const Scratch& s, int head_dim, const float* q) {
+    __m512 acc[R][kTileVecs];
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < kTileVecs; ++n) acc[r][n] = _mm512_setzero_ps();
+    const auto* k = reinterpret_cast<const int32_t*>(s.k);
+    for (int d = 0; d < head_dim; d += 2, k += kKvTileTokens) {
+      if (kPrefetches) prefetch<4>(s.k_lines + 2 * d);
+      __m512i pairs[kTileVecs];
+      __m512 keys[kTileVecs];
+      for (int n = 0; n < kTileVecs; ++n) pairs[n] = _mm512_load_si512(k + n * kLanes);
+      for (int n = 0; n < kTileVecs; ++n) keys[n] = bf16_low(pairs[n]);
+      for (int r = 0; r < R; ++r)
+        for (int n = 0; n < kTileVecs; ++n)
+          acc[r][n] = _mm512_fmadd_ps(_mm512_set1_ps(q[r * head_dim + d]), keys[n], acc[r][n]);
+      for (int n = 0; n < kTileVecs; ++n) keys[n] = bf16_high(pairs[n]);
+      for (int r = 0; r < R; ++r)
+        for (int n = 0; n < kTileVecs; ++n)
+          acc[r][n] = _mm512_fmadd_ps(_mm512_set1_ps(q[r * head_dim + d + 1]), keys[n], acc[r][n]);
     }
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < kTileVecs; ++n) _mm512_store_ps(s.scores + r * kKvTileTokens + n * kLanes, acc[r][n]);
@@ -404,7 +462,7 @@ struct Avx512Tile {
   }
 
   // Rows [first, first + R) of the block.
-  template <int R>
+  template <int R, bool kPrefetches>
   static void score_codes(const Scratch& s, int head_dim, int row, int first) {
     Sums high[R][kTileVecs], low[R][kTileVecs];
     for (int r = 0; r < R; ++r)
@@ -413,6 +471,7 @@ struct Avx512Tile {
     const int8_t* q_high = s.q_high + static_cast<size_t>(row + first) * head_dim;
     const int8_t* q_low = s.q_low + static_cast<size_t>(row + first) * head_dim;
     for (int d = 0; d < head_dim; d += 4, k += kKvTileTokens) {
+      if (kPrefetches) prefetch<4>(s.k_lines + d);
       __m512i keys[kTileVecs];
       for (int n = 0; n < kTileVecs; ++n) keys[n] = _mm512_load_si512(k + n * kLanes);
       for (int r = 0; r < R; ++r) {
@@ -484,13 +543,13 @@ struct Avx512Tile {
       const __m512 inverse = _mm512_set1_ps(is_tiny ? 0.0f : kFixedPointMax / largest);
       __m512i fixed[kTileVecs];
       for (int n = 0; n < kTileVecs; ++n) fixed[n] = _mm512_cvtps_epi32(_mm512_mul_ps(x[n], inverse));
-      // 64 values of 15 bits -> 64 low and 64 high bytes. Packing leaves dword 4 i + j = tokens 16 j + 4 i ..: transposed.
+      // 64 values of 15 bits -> 64 low and 64 high bytes. Packing leaves dword 4 i + j = tokens 16 j + 4 i ..:
+      // transposed.
       const __m512i words01 = _mm512_packs_epi32(fixed[0], fixed[1]);
       const __m512i words23 = _mm512_packs_epi32(fixed[2], fixed[3]);
       const __m512i low_byte = _mm512_set1_epi16(255);
       const __m512i half = _mm512_set1_epi16(128);
-      const __m512i low =
-          _mm512_packus_epi16(_mm512_and_si512(words01, low_byte), _mm512_and_si512(words23, low_byte));
+      const __m512i low = _mm512_packus_epi16(_mm512_and_si512(words01, low_byte), _mm512_and_si512(words23, low_byte));
       const __m512i high = _mm512_packus_epi16(_mm512_srli_epi16(_mm512_add_epi16(words01, half), 8),
                                                _mm512_srli_epi16(_mm512_add_epi16(words23, half), 8));
       const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -499,7 +558,7 @@ struct Avx512Tile {
     }
   }
 
-  template <int R, int N>
+  template <int R, int N, bool kPrefetches>
   static void accumulate_fp32(const Scratch& s, int row, int column, int pitch, int num_tokens) {
     float* o = s.o + static_cast<size_t>(row) * pitch + column;
     __m512 acc[R][N];
@@ -509,6 +568,7 @@ struct Avx512Tile {
             _mm512_mul_ps(_mm512_load_ps(o + static_cast<size_t>(r) * pitch + n * kLanes), _mm512_set1_ps(s.alpha[r]));
     const float* v = s.v + column;
     for (int t = 0; t < num_tokens; ++t, v += pitch) {
+      if (kPrefetches) prefetch<2>(s.v_lines + 2 * column + 2 * t);
       __m512 values[N];
       for (int n = 0; n < N; ++n) values[n] = _mm512_load_ps(v + n * kLanes);
       for (int r = 0; r < R; ++r) {
@@ -520,7 +580,40 @@ struct Avx512Tile {
       for (int n = 0; n < N; ++n) _mm512_store_ps(o + static_cast<size_t>(r) * pitch + n * kLanes, acc[r][n]);
   }
 
-  template <int R>
+  // V straight from its pages: each 32 elements as 16 even ones, then 16 odd ones.
+  template <int R, int N, bool kPrefetches>
+  static void accumulate_pairs(const AttendTask& task, const Scratch& s, int row, int column, int num_groups) {
+    const int pitch = partial_pitch(task.head_dim);
+    float* o = s.o + static_cast<size_t>(row) * pitch + column;
+    const int left = task.head_dim - column;
+    __mmask32 masks[N / 2];
+    for (int n = 0; n < N / 2; ++n) masks[n] = left >= 32 * (n + 1) ? 0xffffffffu : (1u << (left - 32 * n)) - 1;
+    __m512 acc[R][N];
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < N; ++n)
+        acc[r][n] =
+            _mm512_mul_ps(_mm512_load_ps(o + static_cast<size_t>(r) * pitch + n * kLanes), _mm512_set1_ps(s.alpha[r]));
+    for (int g = 0; g < num_groups; ++g) {
+      const std::byte* v = s.groups[g].v + 2 * column;
+      for (int t = g * kGroupTokens; t < (g + 1) * kGroupTokens; ++t, v += task.v.row_bytes) {
+        if (kPrefetches) prefetch<2>(s.v_lines + 2 * column + 2 * t);
+        __m512 values[N];
+        for (int n = 0; n < N / 2; ++n) {
+          const __m512i pairs = _mm512_maskz_loadu_epi16(masks[n], v + 64 * n);
+          values[2 * n] = bf16_low(pairs);
+          values[2 * n + 1] = bf16_high(pairs);
+        }
+        for (int r = 0; r < R; ++r) {
+          const __m512 p = _mm512_set1_ps(s.p[r * kKvTileTokens + t]);
+          for (int n = 0; n < N; ++n) acc[r][n] = _mm512_fmadd_ps(p, values[n], acc[r][n]);
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < N; ++n) _mm512_store_ps(o + static_cast<size_t>(r) * pitch + n * kLanes, acc[r][n]);
+  }
+
+  template <int R, bool kPrefetches>
   static void accumulate_codes(const Scratch& s, int row, int first, int pitch, int num_tokens) {
     constexpr int kVecs = kColumnBlock / kLanes;
     for (int column = 0; column < pitch; column += kColumnBlock) {
@@ -529,6 +622,7 @@ struct Avx512Tile {
         for (int n = 0; n < kVecs; ++n) high[r][n] = low[r][n] = Sums{};
       const auto* v = reinterpret_cast<const int32_t*>(s.v) + column;
       for (int t = 0; t < num_tokens; t += 4, v += pitch) {
+        if (kPrefetches) prefetch<4>(s.v_lines + column + t);
         __m512i values[kVecs];
         for (int n = 0; n < kVecs; ++n) values[n] = _mm512_load_si512(v + n * kLanes);
         for (int r = 0; r < R; ++r) {
@@ -550,7 +644,7 @@ struct Avx512Tile {
     }
   }
 
-  template <int R>
+  template <int R, bool kPrefetches>
   static void attend_rows(const AttendTask& task, const Scratch& s, int row, int num_groups, const int* lows,
                           const int* highs, bool is_masked) {
     constexpr int kFirst = R < kCodeRows ? R : kCodeRows;
@@ -560,10 +654,12 @@ struct Avx512Tile {
     const int num_tokens = num_groups * kGroupTokens;
     const bool v_codes = keeps_codes(task, task.v);
     if (keeps_codes(task, task.k)) {
-      score_codes<kFirst>(s, head_dim, row, 0);
-      if constexpr (kSecond > 0) score_codes<kSecond>(s, head_dim, row, kFirst);
+      score_codes<kFirst, kPrefetches>(s, head_dim, row, 0);
+      if constexpr (kSecond > 0) score_codes<kSecond, false>(s, head_dim, row, kFirst);
+    } else if (widens_late(task, task.k)) {
+      score_pairs<R, kPrefetches>(s, head_dim, s.q + static_cast<size_t>(row) * head_dim);
     } else {
-      score_fp32<R>(s, head_dim, s.q + static_cast<size_t>(row) * head_dim);
+      score_fp32<R, kPrefetches>(s, head_dim, s.q + static_cast<size_t>(row) * head_dim);
     }
     if (task.soft_cap > 0) {
       (v_codes ? softmax_rows<true, true, true> : softmax_rows<true, true, false>)(task, s, row, R, lows, highs);
@@ -573,32 +669,44 @@ struct Avx512Tile {
       (v_codes ? softmax_rows<false, false, true> : softmax_rows<false, false, false>)(task, s, row, R, lows, highs);
     }
     if (v_codes) {
-      accumulate_codes<kFirst>(s, row, 0, pitch, num_tokens);
-      if constexpr (kSecond > 0) accumulate_codes<kSecond>(s, row, kFirst, pitch, num_tokens);
+      accumulate_codes<kFirst, kPrefetches>(s, row, 0, pitch, num_tokens);
+      if constexpr (kSecond > 0) accumulate_codes<kSecond, false>(s, row, kFirst, pitch, num_tokens);
+    } else if (widens_late(task, task.v)) {
+      int column = 0;
+      for (; column + kColumnBlock <= head_dim; column += kColumnBlock)
+        accumulate_pairs<R, kColumnBlock / kLanes, kPrefetches>(task, s, row, column, num_groups);
+      for (; column < head_dim; column += 32) accumulate_pairs<R, 2, kPrefetches>(task, s, row, column, num_groups);
     } else {
       int column = 0;
       for (; column + kColumnBlock <= head_dim; column += kColumnBlock)
-        accumulate_fp32<R, kColumnBlock / kLanes>(s, row, column, pitch, num_tokens);
-      for (; column < head_dim; column += 32) accumulate_fp32<R, 2>(s, row, column, pitch, num_tokens);
+        accumulate_fp32<R, kColumnBlock / kLanes, kPrefetches>(s, row, column, pitch, num_tokens);
+      for (; column < head_dim; column += 32) accumulate_fp32<R, 2, kPrefetches>(s, row, column, pitch, num_tokens);
+    }
+  }
+
+  template <bool kPrefetches>
+  static void attend_counted(const AttendTask& task, const Scratch& s, int row, int num_rows, int num_groups,
+                             const int* lows, const int* highs, bool is_masked) {
+    switch (num_rows) {
+      case 1:
+        return attend_rows<1, kPrefetches>(task, s, row, num_groups, lows, highs, is_masked);
+      case 2:
+        return attend_rows<2, kPrefetches>(task, s, row, num_groups, lows, highs, is_masked);
+      case 3:
+        return attend_rows<3, kPrefetches>(task, s, row, num_groups, lows, highs, is_masked);
+      case 4:
+        return attend_rows<4, kPrefetches>(task, s, row, num_groups, lows, highs, is_masked);
+      case 5:
+        return attend_rows<5, kPrefetches>(task, s, row, num_groups, lows, highs, is_masked);
+      default:
+        return attend_rows<6, kPrefetches>(task, s, row, num_groups, lows, highs, is_masked);
     }
   }
 
   static void attend_block(const AttendTask& task, const Scratch& s, int row, int num_rows, int num_groups,
                            const int* lows, const int* highs, bool is_masked) {
-    switch (num_rows) {
-      case 1:
-        return attend_rows<1>(task, s, row, num_groups, lows, highs, is_masked);
-      case 2:
-        return attend_rows<2>(task, s, row, num_groups, lows, highs, is_masked);
-      case 3:
-        return attend_rows<3>(task, s, row, num_groups, lows, highs, is_masked);
-      case 4:
-        return attend_rows<4>(task, s, row, num_groups, lows, highs, is_masked);
-      case 5:
-        return attend_rows<5>(task, s, row, num_groups, lows, highs, is_masked);
-      default:
-        return attend_rows<6>(task, s, row, num_groups, lows, highs, is_masked);
-    }
+    (row == 0 ? attend_counted<true> : attend_counted<false>)(task, s, row, num_rows, num_groups, lows, highs,
+                                                              is_masked);
   }
 };
 

@@ -7,6 +7,8 @@
 //   Isa::load_tile(task, s, groups, n)    K and V of n 16-token groups -> scratch
 //   Isa::attend_block(task, s, row, num_rows, lows, highs, is_masked)
 //                                         scores, online softmax and P V of rows [row, row + num_rows) against the tile
+//   Isa::k_prefetches(task), v_prefetches(task)
+//                                         lines of the next tile that the first row block asks for, a multiple of 4
 //   Isa::column_of(task, out)             out[d] = column of element d in the accumulators
 //   Isa::reorder(o, column_of, f, D, out) out[d] = o[column_of[d]] * f
 //   Isa::rotate(x, D)                     undoes the rotation of V
@@ -54,47 +56,50 @@ inline float exp2_one(float x) {
   return y;
 }
 
-// One worker's memory for one item.
-struct Scratch {
-  float* q;            // [rows, D] scaled queries (fp32 arithmetic)
-  int8_t* q_high;      // [rows, D] 16-bit queries as 256 * high + low (integer dot)
-  int8_t* q_low;       // [rows, D]
-  float* q_scale;      // [rows]
-  float* q_sum;        // [rows] sum of the dequantised query
-  float* k;            // [D, 64] fp32, or [D / 4, 64] groups of four codes
-  float* v;            // [64, pitch] fp32, or [16, pitch] groups of four tokens' codes
-  float* k_scale;      // [64]
-  float* k_min;        // [64]
-  float* v_scale;      // [64]
-  float* v_min;        // [64]
-  float* scores;       // [kMaxRowBlock, 64] in units of log2
-  float* p;            // [kMaxRowBlock, 64]
-  int8_t* p_high;      // [kMaxRowBlock, 64]
-  int8_t* p_low;       // [kMaxRowBlock, 64]
-  float* p_scale;      // [kMaxRowBlock]
-  float* alpha;        // [kMaxRowBlock]
-  float* m;            // [rows] running maximum of the split
-  float* l;            // [rows, 16] running sum, by lane; [rows] once the split is closed
-  float* l_min;        // [rows, 16] sum of p * v_min, by lane
-  float* o;            // [rows, pitch]
-  float* total_m;      // [rows] all splits so far
-  float* total_l;      // [rows]
-  float* total_o;      // [rows, pitch]
-  float* row;          // [256 + 256] temporary rows
-  float* decoded;      // [16, 256]
-  int32_t* column_of;  // [256]
-  std::byte* k_tail;   // copies of the last group's rows, zero past the last visible token
-  std::byte* v_tail;
-  uint16_t* k_tail_params;  // [16, 2]
-  uint16_t* v_tail_params;
-};
-
 // Where 16 consecutive tokens of K and V lie.
 struct TokenGroup {
   const std::byte* k;
   const uint16_t* k_params;
   const std::byte* v;
   const uint16_t* v_params;
+};
+
+// One worker's memory for one item.
+struct Scratch {
+  float* q;                   // [rows, D] scaled queries (fp32 arithmetic)
+  int8_t* q_high;             // [rows, D] 16-bit queries as 256 * high + low (integer dot)
+  int8_t* q_low;              // [rows, D]
+  float* q_scale;             // [rows]
+  float* q_sum;               // [rows] sum of the dequantised query
+  float* k;                   // [D, 64] fp32, or [D / 4, 64] groups of four codes
+  float* v;                   // [64, pitch] fp32, or [16, pitch] groups of four tokens' codes
+  float* k_scale;             // [64]
+  float* k_min;               // [64]
+  float* v_scale;             // [64]
+  float* v_min;               // [64]
+  float* scores;              // [kMaxRowBlock, 64] in units of log2
+  float* p;                   // [kMaxRowBlock, 64]
+  int8_t* p_high;             // [kMaxRowBlock, 64]
+  int8_t* p_low;              // [kMaxRowBlock, 64]
+  float* p_scale;             // [kMaxRowBlock]
+  float* alpha;               // [kMaxRowBlock]
+  float* m;                   // [rows] running maximum of the split
+  float* l;                   // [rows, 16] running sum, by lane; [rows] once the split is closed
+  float* l_min;               // [rows, 16] sum of p * v_min, by lane
+  float* o;                   // [rows, pitch]
+  float* total_m;             // [rows] all splits so far
+  float* total_l;             // [rows]
+  float* total_o;             // [rows, pitch]
+  float* row;                 // [256 + 256] temporary rows
+  float* decoded;             // [16, 256]
+  int32_t* column_of;         // [256]
+  const std::byte** k_lines;  // [512] of the next tile, to be prefetched
+  const std::byte** v_lines;
+  const TokenGroup* groups;  // of the tile in hand
+  std::byte* k_tail;         // copies of the last group's rows, zero past the last visible token
+  std::byte* v_tail;
+  uint16_t* k_tail_params;  // [16, 2]
+  uint16_t* v_tail_params;
 };
 
 class Carver {
@@ -143,6 +148,9 @@ size_t carve_scratch(int rows, int head_dim, std::byte* base, Scratch* s) {
   s->row = carver.take<float>(512);
   s->decoded = carver.take<float>(kGroupTokens * 256);
   s->column_of = carver.take<int32_t>(256);
+  s->groups = nullptr;
+  s->k_lines = carver.take<const std::byte*>(512);
+  s->v_lines = carver.take<const std::byte*>(512);
   s->k_tail = carver.take<std::byte>(kGroupTokens * 256 * sizeof(float) + 64);
   s->v_tail = carver.take<std::byte>(kGroupTokens * 256 * sizeof(float) + 64);
   s->k_tail_params = carver.take<uint16_t>(kGroupTokens * 2);
@@ -196,20 +204,28 @@ int locate_tile(const AttendTask& task, const Scratch& s, int64_t tile_start, in
   return num_groups;
 }
 
-// Asks for a tile's bytes while the one before is computed: pages are scattered, so no hardware prefetcher sees it
-// coming. Into L2: a tile is as large as half of L1.
-inline void prefetch_rows(const std::byte* at, size_t num_bytes) {
-  for (size_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
-}
-void prefetch_tile(const AttendTask& task, int64_t tile_start, int64_t end) {
-  for (int64_t position = tile_start; position < tile_start + kKvTileTokens && position < end;
-       position += kGroupTokens) {
-    const size_t slot = static_cast<size_t>(position % task.page_size);
-    const std::byte* page = task.arena + task.page_table[position / task.page_size] * task.arena_page_bytes;
-    prefetch_rows(page + task.k.codes_offset + slot * task.k.row_bytes, task.k.row_bytes * kGroupTokens);
-    prefetch_rows(page + task.v.codes_offset + slot * task.v.row_bytes, task.v.row_bytes * kGroupTokens);
-    if (has_params(task.k.codec)) __builtin_prefetch(page + task.k.params_offset + 4 * slot, 0, 2);
-    if (has_params(task.v.codec)) __builtin_prefetch(page + task.v.params_offset + 4 * slot, 0, 2);
+// Pages are scattered, so no hardware prefetcher sees the next tile coming. Its cache lines are listed here and the
+// first row block asks for a few in each turn of its loops: asking for all of them at once would fill the line fill
+// buffers and stall until memory has answered (measured: a decode step twice as long). num_entries: what the loops will
+// ask for, not the lines there are; several may be one line, or every second line (the adjacent-line prefetcher brings
+// the rest).
+void list_lines(const AttendTask& task, const KvStream& stream, int64_t tile_start, int64_t end, int num_entries,
+                const std::byte** lines) {
+  const auto* idle = reinterpret_cast<const std::byte*>(lines);  // a line that is in L1 anyway
+  const int per_group = num_entries / kTileGroups;
+  const size_t group_bytes = stream.row_bytes * kGroupTokens;
+  for (int g = 0; g < kTileGroups; ++g, lines += per_group) {
+    const int64_t position = tile_start + g * kGroupTokens;
+    const std::byte* at = idle;
+    size_t step = 0;
+    if (position < end) {
+      const size_t slot = static_cast<size_t>(position % task.page_size);
+      const std::byte* page = task.arena + task.page_table[position / task.page_size] * task.arena_page_bytes;
+      at = page + stream.codes_offset + slot * stream.row_bytes;
+      step = group_bytes / per_group;
+      if (has_params(stream.codec)) __builtin_prefetch(page + stream.params_offset + 4 * slot, 0, 2);
+    }
+    for (int i = 0; i < per_group; ++i) lines[i] = at + i * step;
   }
 }
 
@@ -306,10 +322,12 @@ void attend_task(const AttendTask& task, std::byte* scratch) {
     int64_t tile_start = split_start > visible_begin ? split_start : visible_begin / kKvTileTokens * kKvTileTokens;
     for (; tile_start < end; tile_start += kKvTileTokens) {
       TokenGroup groups[kTileGroups];
+      s.groups = groups;
       const int64_t left = end - tile_start;
       const int num_visible = static_cast<int>(left < kKvTileTokens ? left : kKvTileTokens);
       const int num_groups = locate_tile(task, s, tile_start, num_visible, groups);
-      prefetch_tile(task, tile_start + kKvTileTokens, visible_end);
+      list_lines(task, task.k, tile_start + kKvTileTokens, visible_end, Isa::k_prefetches(task), s.k_lines);
+      list_lines(task, task.v, tile_start + kKvTileTokens, visible_end, Isa::v_prefetches(task), s.v_lines);
       Isa::load_tile(task, s, groups, num_groups);
       for (int row = 0; row < task.num_rows; row += Isa::kRowBlock) {
         const int block_rows = task.num_rows - row < Isa::kRowBlock ? task.num_rows - row : Isa::kRowBlock;

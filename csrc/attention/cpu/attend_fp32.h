@@ -50,6 +50,10 @@ struct Fp32Tile {
 
   static bool keeps_codes(const AttendTask&, const KvStream&) { return false; }
 
+  // None: decoding a tile into fp32 takes longer than fetching it.
+  static int k_prefetches(const AttendTask&) { return 0; }
+  static int v_prefetches(const AttendTask&) { return 0; }
+
   static void rotate(float* x, int head_dim) { row_kernel().rotate(x, head_dim, rotation_size(head_dim)); }
 
   static int rotation_size(int head_dim) {

@@ -90,13 +90,15 @@ void quantize_group(const __m256* values, ActivationGroup* group) {
   group->sum = sum;
 }
 
-__m256i bf16_bits(__m256 value) {
+// To nearest even, on the bits; a NaN stays one.
+__m256 round_to_bf16(__m256 value) {
   const __m256i bits = _mm256_castps_si256(value);
   const __m256i is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff)));
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+  const __m256i kept = _mm256_blendv_epi8(rounded, quiet, is_nan);
+  return _mm256_castsi256_ps(_mm256_and_si256(kept, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
 // e^x to about 1e-7 relative on [-87, 88], clamped outside: Cody-Waite reduction, Cephes' polynomial.
@@ -142,11 +144,8 @@ void prepare_int8_row_avx2(const float* x, const float* norm_weight, float norm_
 void prepare_bf16_row_avx2(const float* x, const float* norm_weight, float norm_eps, int64_t in_features,
                            std::byte* prepared) {
   const RowReader row(x, norm_weight, norm_eps, in_features);
-  for (int64_t k = 0; k < in_features; k += kLanes) {
-    const __m256i bits = bf16_bits(row.load(k));
-    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
-    _mm_store_si128(reinterpret_cast<__m128i*>(prepared + 2 * k), packed);
-  }
+  auto* out = reinterpret_cast<float*>(prepared);
+  for (int64_t k = 0; k < in_features; k += kLanes) _mm256_store_ps(out + k, round_to_bf16(row.load(k)));
 }
 
 void prepare_f32_row_avx2(const float* x, const float* norm_weight, float norm_eps, int64_t in_features,

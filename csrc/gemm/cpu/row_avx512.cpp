@@ -91,6 +91,16 @@ void quantize_group(__m512 low, __m512 high, ActivationGroup* group) {
   group->sum = sum;
 }
 
+// To nearest even, on the bits; a NaN stays one.
+__m512 round_to_bf16(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_castsi512_ps(_mm512_and_si512(kept, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
 // e^x to about 1e-7 relative on [-87, 88], clamped outside: Cody-Waite reduction, Cephes' polynomial.
 __m512 exponential(__m512 x) {
   x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
@@ -132,12 +142,9 @@ void prepare_int8_row_avx512(const float* x, const float* norm_weight, float nor
 void prepare_bf16_row_avx512(const float* x, const float* norm_weight, float norm_eps, int64_t in_features,
                              std::byte* prepared) {
   const RowReader row(x, norm_weight, norm_eps, in_features);
-  for (int64_t k = 0; k < in_features; k += 2 * kLanes) {
-    const __m512 low = row.load(k, tail_mask(in_features - k));
-    const int64_t left = in_features - k - kLanes;
-    const __m512 high = left > 0 ? row.load(k + kLanes, tail_mask(left)) : _mm512_setzero_ps();
-    _mm512_store_si512(prepared + 2 * k, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-  }
+  auto* out = reinterpret_cast<float*>(prepared);
+  for (int64_t k = 0; k < in_features; k += kLanes)
+    _mm512_store_ps(out + k, round_to_bf16(row.load(k, tail_mask(in_features - k))));
 }
 
 void prepare_f32_row_avx512(const float* x, const float* norm_weight, float norm_eps, int64_t in_features,

@@ -100,9 +100,8 @@ void prepare_int8_row_portable(const float* x, const float* norm_weight, float n
 void prepare_bf16_row_portable(const float* x, const float* norm_weight, float norm_eps, int64_t in_features,
                                std::byte* prepared) {
   const RowReader row(x, norm_weight, norm_eps, in_features);
-  auto* out = reinterpret_cast<uint16_t*>(prepared);
-  for (int64_t k = 0; k < in_features; ++k) out[k] = float_to_bf16(row.at(k));
-  if (in_features % 2) out[in_features] = 0;
+  auto* out = reinterpret_cast<float*>(prepared);
+  for (int64_t k = 0; k < in_features; ++k) out[k] = bf16_to_float(float_to_bf16(row.at(k)));
 }
 
 void prepare_f32_row_portable(const float* x, const float* norm_weight, float norm_eps, int64_t in_features,

@@ -206,47 +206,28 @@ void expand_float(const TileLayout& layout, const std::byte* tile, int64_t first
   }
 }
 
-// One line of weights (16 rows) times a 4-byte piece of each token's row.
-struct F32Step {
-  static void multiply_add(__m256* acc, const std::byte* line, const std::byte* activation) {
-    const __m256 a = _mm256_set1_ps(*reinterpret_cast<const float*>(activation));
-    for (int i = 0; i < 2; ++i)
-      acc[i] = _mm256_fmadd_ps(_mm256_loadu_ps(reinterpret_cast<const float*>(line) + i * kHalfRows), a, acc[i]);
-  }
-};
-
-struct BF16Step {
-  static void multiply_add(__m256* acc, const std::byte* line, const std::byte* activation) {
-    const __m256i high_mask = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-    const __m256i pair = _mm256_set1_epi32(*reinterpret_cast<const int32_t*>(activation));
-    const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
-    const __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(pair, high_mask));
-    for (int i = 0; i < 2; ++i) {
-      const __m256i weights = load_half_line(line + i * 32);
-      acc[i] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(weights, 16)), even, acc[i]);
-      acc[i] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(weights, high_mask)), odd, acc[i]);
-    }
-  }
-};
-
-template <typename Step, int T>
-void dot_float(const std::byte* lines, int64_t num_steps, const std::byte* prepared, int64_t row_bytes, float* sums,
+// 16 rows x T tokens over one K block of dequantised lines.
+template <int T>
+void dot_float(const float* lines, int64_t num_steps, const std::byte* prepared, int64_t row_bytes, float* sums,
                int64_t sums_stride, bool is_first_block) {
   __m256 acc[T][2];
   for (int t = 0; t < T; ++t)
     for (int i = 0; i < 2; ++i)
       acc[t][i] = is_first_block ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + t * sums_stride + i * kHalfRows);
   for (int64_t k = 0; k < num_steps; ++k)
-    for (int t = 0; t < T; ++t) Step::multiply_add(acc[t], lines + k * 64, prepared + t * row_bytes + 4 * k);
+    for (int t = 0; t < T; ++t) {
+      const __m256 input = _mm256_set1_ps(*reinterpret_cast<const float*>(prepared + t * row_bytes + 4 * k));
+      for (int i = 0; i < 2; ++i)
+        acc[t][i] = _mm256_fmadd_ps(_mm256_load_ps(lines + k * kTileRows + i * kHalfRows), input, acc[t][i]);
+    }
   for (int t = 0; t < T; ++t)
     for (int i = 0; i < 2; ++i) _mm256_storeu_ps(sums + t * sums_stride + i * kHalfRows, acc[t][i]);
 }
 
-template <typename Step>
-void dot_tokens(const TileProduct& p, int64_t tile, const std::byte* lines, int64_t first_step, int64_t num_steps) {
-  using Dot = void (*)(const std::byte*, int64_t, const std::byte*, int64_t, float*, int64_t, bool);
-  static constexpr Dot kDots[kFloatTokens] = {dot_float<Step, 1>, dot_float<Step, 2>, dot_float<Step, 3>,
-                                              dot_float<Step, 4>, dot_float<Step, 5>, dot_float<Step, 6>};
+void dot_tokens(const TileProduct& p, int64_t tile, const float* lines, int64_t first_step, int64_t num_steps) {
+  using Dot = void (*)(const float*, int64_t, const std::byte*, int64_t, float*, int64_t, bool);
+  static constexpr Dot kDots[kFloatTokens] = {dot_float<1>, dot_float<2>, dot_float<3>,
+                                              dot_float<4>, dot_float<5>, dot_float<6>};
   for (int64_t t = 0; t < p.num_tokens; t += kFloatTokens) {
     const int64_t left = p.num_tokens - t;
     kDots[(left < kFloatTokens ? left : kFloatTokens) - 1](
@@ -287,14 +268,9 @@ void multiply_f32_avx2(const TileProduct& p) {
         for (int64_t k = 0; k < count; k += kGroupValues)
           dequantize_group(layout, tile, (first + k) / kGroupValues, values + k * kTileRows);
       }
-      dot_tokens<F32Step>(p, i, p.scratch, first, count);
+      dot_tokens(p, i, values, first, count);
     }
   }
-}
-
-void multiply_bf16_avx2(const TileProduct& p) {
-  for (int64_t i = 0; i < p.num_tiles; ++i)
-    dot_tokens<BF16Step>(p, i, p.tiles + i * p.layout->tile_bytes, 0, (p.layout->in_features + 1) / 2);
 }
 
 }  // namespace partita

@@ -1,6 +1,7 @@
 // The matmul in plain C++, for any machine and as the reference for the vector versions.
 // int8: the same integers and the same fp32 operations as the vector versions, so the same bits.
-// bf16 and fp32: multiply, then add (a machine without FMA would call a library function for each).
+// fp32 (and bf16, whose values are fp32 by the time they meet): multiply, then add (a machine without FMA would call a
+// library function for each).
 #include <cmath>
 #include <cstring>
 
@@ -142,28 +143,6 @@ void multiply_f32_portable(const TileProduct& p) {
         float* sums = p.sums + t * p.sums_stride + i * kTileRows;
         if (first == 0) std::memset(sums, 0, kTileRows * sizeof(float));
         accumulate(weights, reinterpret_cast<const float*>(p.prepared + t * p.prepared_row_bytes) + first, count, sums);
-      }
-    }
-  }
-}
-
-void multiply_bf16_portable(const TileProduct& p) {
-  auto* weights = reinterpret_cast<float*>(p.scratch);
-  const int64_t padded_inputs = (p.layout->in_features + 1) / 2 * 2;
-  float inputs[kBlockInputs];
-  for (int64_t i = 0; i < p.num_tiles; ++i) {
-    const auto* pairs = reinterpret_cast<const uint16_t*>(p.tiles + i * p.layout->tile_bytes);
-    for (int64_t first = 0; first < padded_inputs; first += kBlockInputs) {
-      const int64_t count = padded_inputs - first < kBlockInputs ? padded_inputs - first : kBlockInputs;
-      for (int64_t k = 0; k < count; ++k)
-        for (int r = 0; r < kTileRows; ++r)
-          weights[k * kTileRows + r] = bf16_to_float(pairs[((first + k) / 2 * kTileRows + r) * 2 + k % 2]);
-      for (int64_t t = 0; t < p.num_tokens; ++t) {
-        const auto* row = reinterpret_cast<const uint16_t*>(p.prepared + t * p.prepared_row_bytes) + first;
-        for (int64_t k = 0; k < count; ++k) inputs[k] = bf16_to_float(row[k]);
-        float* sums = p.sums + t * p.sums_stride + i * kTileRows;
-        if (first == 0) std::memset(sums, 0, kTileRows * sizeof(float));
-        accumulate(weights, inputs, count, sums);
       }
     }
   }

@@ -21,15 +21,18 @@ bool stripe_maxima(const float* x, int64_t n, float* maxima) {
   };
   for (int64_t start = 0; start < n; start += kStripeLength, maxima += kStripeLanes) {
     const int64_t end = start + kStripeLength < n ? start + kStripeLength : n;
-    F32Lanes max = all_lanes(kMinusInfinity), other_max = max;  // two chains hide the latency
+    F32Lanes max[4];  // four chains hide the latency
+    for (F32Lanes& chain : max) chain = all_lanes(kMinusInfinity);
     int64_t i = start;
-    for (; i + 2 * kNumLanes <= end; i += 2 * kNumLanes) {
-      fold(max, load_lanes(x + i));
-      fold(other_max, load_lanes(x + i + kNumLanes));
+    for (; i + 4 * kNumLanes <= end; i += 4 * kNumLanes) {
+      fold(max[0], load_lanes(x + i));
+      fold(max[1], load_lanes(x + i + kNumLanes));
+      fold(max[2], load_lanes(x + i + 2 * kNumLanes));
+      fold(max[3], load_lanes(x + i + 3 * kNumLanes));
     }
-    for (; i + kNumLanes <= end; i += kNumLanes) fold(max, load_lanes(x + i));
-    if (i < end) fold(max, load_first_lanes(x + i, end - i, kMinusInfinity));
-    store_lanes(maxima, max_lanes(max, other_max));
+    for (; i + kNumLanes <= end; i += kNumLanes) fold(max[0], load_lanes(x + i));
+    if (i < end) fold(max[0], load_first_lanes(x + i, end - i, kMinusInfinity));
+    store_lanes(maxima, max_lanes(max_lanes(max[0], max[1]), max_lanes(max[2], max[3])));
   }
   int32_t magnitudes[kNumLanes];
   __builtin_memcpy(magnitudes, &largest_magnitude, sizeof magnitudes);

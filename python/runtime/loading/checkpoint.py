@@ -64,13 +64,6 @@ class Checkpoint:
     generation_config: dict[str, Any]
     mappings: tuple[mmap.mmap, ...] = ()  # of the weight files
     norm_offset: float = 0.0  # Hugging Face's Gemma files hold w where the norm multiplies by 1 + w
-    mappings: tuple[mmap.mmap, ...] = ()
-
-    def release_pages(self) -> None:
-        """Takes the files' pages out of resident memory; what is read again comes back from the page cache."""
-        for mapping in self.mappings:
-            if hasattr(mapping, "madvise"):
-                mapping.madvise(mmap.MADV_DONTNEED)
 
     def vector(self, name: str) -> np.ndarray:
         """A norm weight or bias as a new fp32 array [n], in the model's row order, norm_offset added."""
@@ -85,9 +78,9 @@ class Checkpoint:
         return np.ascontiguousarray(values)
 
     def release_pages(self) -> None:
-        """Gives the files' cached pages back to the system: what is read later is read from disk again."""
+        """Takes the files' pages out of resident memory; what is read later comes back from the page cache or disk."""
         for mapping in self.mappings:
-            if len(mapping) and hasattr(mmap, "MADV_DONTNEED"):
+            if hasattr(mmap, "MADV_DONTNEED"):
                 mapping.madvise(mmap.MADV_DONTNEED)
 
 

@@ -21,7 +21,7 @@ from runtime.server.errors import ApiError
 from runtime.server.guard import Guard, GuardSettings
 from runtime.server.chat_messages import chat_prompt
 from runtime.server.metrics import CONTENT_TYPE, Metrics
-from runtime.server.streaming import ChunkWriter, EventStream, finish
+from runtime.server.streaming import EventStream, EventWriter, finish
 from runtime.server.web import page_response
 
 UNHEALTHY_AFTER_S = 60.0  # without a step while requests run
@@ -80,7 +80,7 @@ class Api:
     ) -> Response:
         if asked.stream:
             options = asked.stream_options or protocol.StreamOptions()
-            writer = ChunkWriter(
+            writer = EventWriter(
                 shape, generation,
                 include_usage=bool(options.include_usage), continuous_usage=bool(options.continuous_usage_stats),
             )  # fmt: skip

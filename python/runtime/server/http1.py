@@ -8,8 +8,41 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from runtime.server.errors import ApiError
 
 
+CHUNK_WRITER = "partita.chunk_writer"  # key in the ASGI scope
+
+
+class ChunkWriter:
+    """Writes a chunk of a streaming answer straight to the socket: between the head and the end of a chunked body h11's
+    state machine has nothing to decide, and leaving it out saves a third of a token's way through Python."""
+
+    __slots__ = ("_protocol",)
+
+    def __init__(self, protocol: H11Protocol) -> None:
+        self._protocol = protocol
+
+    async def write(self, body: bytes) -> None:
+        """Only for HTTP/1.1, after http.response.start without a content-length, before the last body message."""
+        flow = self._protocol.flow
+        if flow.write_paused:
+            await flow.drain()
+        transport = self._protocol.transport
+        if not transport.is_closing():
+            transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+
+
 class HttpProtocol(H11Protocol):
     """What is no HTTP gets a 400, a head that is too large a 431; then the connection ends."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        app = self.app
+
+        async def app_with_writer(scope, receive, send):
+            if scope["http_version"] == "1.1":
+                scope[CHUNK_WRITER] = ChunkWriter(self)
+            await app(scope, receive, send)
+
+        self.app = app_with_writer
 
     def send_400_response(self, msg: str) -> None:
         head_is_large = len(self.conn.trailing_data[0]) >= 64 * 1024

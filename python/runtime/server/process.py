@@ -86,7 +86,7 @@ class ServerProcess:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host.strip("[]"), self.namespace.port))
-        listener.set_inheritable(False)
+        listener.listen(1024)  # connections wait here from now on, even while the framework starts
         return listener
 
     def _on_start(self) -> None:

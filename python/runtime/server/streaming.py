@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from json.encoder import encode_basestring
 
@@ -17,8 +18,8 @@ from runtime.front import Generation, LiveOutput
 from runtime.output_assembler import OutputPiece
 from runtime.server.answers import Shape, failure_of
 from runtime.server.errors import ApiError
+from runtime.server.http1 import CHUNK_WRITER, ChunkWriter
 
-PING_PERIOD_S = 12.0  # a comment line keeps proxies from closing a stream during a long prefill
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -35,7 +36,7 @@ async def watch_disconnect(receive, generation: Generation) -> None:
             return
 
 
-class ChunkWriter:
+class EventWriter:
     """Turns pieces into events. ``shape`` knows the API; this class knows which parts never change."""
 
     def __init__(self, shape: Shape, generation: Generation, *, include_usage: bool, continuous_usage: bool) -> None:
@@ -94,7 +95,7 @@ class ChunkWriter:
 class EventStream(Response):
     """Answers a streaming call. Until the first token is there, a failure is still an HTTP error with its status."""
 
-    def __init__(self, generation: Generation, writer: ChunkWriter) -> None:
+    def __init__(self, generation: Generation, writer: EventWriter) -> None:
         self.generation = generation
         self.writer = writer
         self.background = None
@@ -106,16 +107,16 @@ class EventStream(Response):
         with generation:
             watcher = generation.front.loop.create_task(watch_disconnect(receive, generation))
             try:
-                await self._stream(send)
+                await self._stream(send, scope.get(CHUNK_WRITER))
             except asyncio.CancelledError:
                 if generation.cancelled != "stalled client":
                     raise
             finally:
                 watcher.cancel()
 
-    async def _stream(self, send) -> None:
+    async def _stream(self, send, chunk_writer: ChunkWriter | None) -> None:
         generation, writer = self.generation, self.writer
-        arrived = await generation.wait(PING_PERIOD_S)
+        arrived = await generation.wait()
         failure = failure_of(generation)
         if failure is not None:
             raise failure
@@ -127,23 +128,30 @@ class EventStream(Response):
             body = writer.collect() if arrived else b": ping\n\n"
             failure = failure_of(generation) if finished else None
             if failure is not None:
-                await self._send_body(send, body + b"data: " + failure.body() + b"\n\ndata: [DONE]\n\n", False)
+                await self._send(send, body + b"data: " + failure.body() + b"\n\ndata: [DONE]\n\n", False)
                 return
             if generation.cancelled == "disconnect":
                 return
             if finished:
-                await self._send_body(send, body + writer.epilogue(), False)
+                await self._send(send, body + writer.epilogue(), False)
                 return
             if body:
-                await self._send_body(send, body, True)
-            arrived = await generation.wait(PING_PERIOD_S)
+                self._begin_send()
+                if chunk_writer is not None:
+                    await chunk_writer.write(body)
+                else:
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+                generation.stalled_since_s = math.inf
+            arrived = await generation.wait()
 
-    async def _send_body(self, send, body: bytes, more_body: bool) -> None:
-        generation = self.generation
-        generation.stalled_task = asyncio.current_task()
-        generation.stalled_since_s = time.monotonic()
+    async def _send(self, send, body: bytes, more_body: bool) -> None:
+        self._begin_send()
         await send({"type": "http.response.body", "body": body, "more_body": more_body})
-        generation.stalled_since_s = float("inf")
+        self.generation.stalled_since_s = math.inf
+
+    def _begin_send(self) -> None:
+        self.generation.stalled_task = asyncio.current_task()
+        self.generation.stalled_since_s = time.monotonic()
 
 
 async def finish(generation: Generation, receive) -> None:
