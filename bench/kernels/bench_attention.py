@@ -131,7 +131,9 @@ def main() -> None:
     parser.add_argument("--json", help="file to write the rows to")
     args = parser.parse_args()
     floors = (fma_rate(args.threads), read_bandwidth(args.threads))
-    print(f"{_native.active_cpu_isa()}, {args.threads} threads: fp32 {floors[0]:.0f} GFLOP/s, read {floors[1]:.1f} GB/s")
+    print(
+        f"{_native.active_cpu_isa()}, {args.threads} threads: fp32 {floors[0]:.0f} GFLOP/s, read {floors[1]:.1f} GB/s"
+    )
     cases = [case for case in CASES if args.only in (None, case.kind)]
     rows = [run(case, kv_dtype, args, floors) for case in cases for kv_dtype in args.kv_dtype]
     if args.json:
