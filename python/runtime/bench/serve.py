@@ -29,7 +29,7 @@ METRICS = {
     "e2el": "End-to-end Latency",
 }
 # Words from which random prompts are made when the server tells no token ids.
-_WORDS = "time year people way day man thing woman life child world school state family student group country".split()  # noqa: SIM905
+_WORDS = "time year people way day man thing woman life child world school state family student group country".split()
 
 
 @dataclass(slots=True)
