@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from attention_cases import CODECS, Step, isas, relative_error
+from tests.kernels.attention_cases import CODECS, Step, isas, relative_error
 from runtime import _native
 
 # Exact mode is fp32 throughout; otherwise integer codecs compute with 16-bit fixed-point q and p on AVX-512.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from attention_cases import CODECS, LEVELS, Step, decode_page, isas, rotate
+from tests.kernels.attention_cases import CODECS, LEVELS, Step, decode_page, isas, rotate
 from runtime import _native
 
 
