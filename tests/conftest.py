@@ -1,4 +1,4 @@
-"""What every test may rely on: the machine's levels, a GPU gate, and no network."""
+"""For every test: the level of the native code in the log's head, and a gate for tests that need a GPU."""
 
 from __future__ import annotations
 
@@ -28,4 +28,5 @@ def pytest_report_header() -> str:
         from runtime import _native
     except ImportError as error:
         return f"partita: the extension is not importable ({error})"
-    return f"partita: {_native.active_cpu_isa()} in use, {_native.detected_cpu_isa()} detected, {_native.usable_cores()} cores"
+    levels = f"{_native.active_cpu_isa()} in use, {_native.detected_cpu_isa()} detected"
+    return f"partita: {levels}, {_native.usable_cores()} cores"

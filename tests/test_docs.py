@@ -14,7 +14,7 @@ DOCUMENTS = sorted(
 )
 # A path of this repository: it begins with one of its folders. `<op>` and `*` stand for names.
 PATH = re.compile(r"(?<![\w./-])((?:csrc|python|tests|bench|tools|docs|\.ci)/[\w./<>*-]*[\w/>*])")
-TREE_LINE = re.compile(r"^( *)([\w.-]+/)(?: |$)")
+TREE_LINE = re.compile(r"^( *)([\w./-]+/)(?: |$)")
 SOURCE_FOLDERS = ("csrc", "python", "bench", "tools")
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from gemm_cases import (
+from tests.kernels.gemm_cases import (
     FORMATS,
     ISAS,
     QUANTIZED,

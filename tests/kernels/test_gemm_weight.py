@@ -5,7 +5,7 @@ import mmap
 import gguf
 import numpy as np
 import pytest
-from gemm_cases import BLOCK, FORMATS, QUANTIZED, random_weight_bytes
+from tests.kernels.gemm_cases import BLOCK, FORMATS, QUANTIZED, random_weight_bytes
 
 from runtime import _native as native
 

@@ -10,6 +10,7 @@ from tests.kit.tiny_models import FAMILIES, write_tiny_model
 from runtime.scoring import Scorer
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.every_isa
 
 RELATIVE_ERROR = 1e-3  # the bar; fp32 against fp32 is far below it
 
