@@ -94,6 +94,19 @@ void rotate_row(float* x, int head_dim, int rotation_size) {
     stride = kGroup;
   }
 #endif
+#if defined(__AVX512F__)
+  // By hand: GCC guards each short loop against aliasing, which costs more than the loop.
+  for (; stride >= kGroup && stride < rotation_size; stride *= 2) {
+    for (int base = 0; base < head_dim; base += 2 * stride) {
+      for (int i = base; i < base + stride; i += kGroup) {
+        const __m512 a = _mm512_loadu_ps(x + i);
+        const __m512 b = _mm512_loadu_ps(x + i + stride);
+        _mm512_storeu_ps(x + i, _mm512_add_ps(a, b));
+        _mm512_storeu_ps(x + i + stride, _mm512_sub_ps(a, b));
+      }
+    }
+  }
+#endif
   for (; stride < rotation_size; stride *= 2) {
     for (int base = 0; base < head_dim; base += 2 * stride) {
       float* low = x + base;
@@ -144,7 +157,9 @@ void encode_integer(const float* x, int head_dim, int max_code, std::byte* codes
   if (max_code == 255) {
     for (int i = 0; i < head_dim; ++i) bytes[i] = static_cast<uint8_t>(values[i]);
   } else {
-    for (int i = 0; i < head_dim / 2; ++i) bytes[i] = static_cast<uint8_t>(values[2 * i] | (values[2 * i + 1] << 4));
+    uint64_t pairs[128];  // two codes each (little-endian, as pages are)
+    std::memcpy(pairs, values, sizeof(int32_t) * head_dim);
+    for (int i = 0; i < head_dim / 2; ++i) bytes[i] = static_cast<uint8_t>(pairs[i] | (pairs[i] >> 28));
   }
 }
 
