@@ -8,8 +8,9 @@ namespace py = pybind11;
 namespace partita::bindings {
 
 void register_core(py::module_& module) {
-  module.def("active_cpu_isa", [] { return cpu_isa_name(active_cpu_isa()); },
-             "Instruction set the CPU kernels use: portable, avx2 or avx512.");
+  module.def(
+      "active_cpu_isa", [] { return cpu_isa_name(active_cpu_isa()); },
+      "Instruction set the CPU kernels use: portable, avx2 or avx512.");
   module.def("detected_cpu_isa", [] { return cpu_isa_name(detected_cpu_isa()); });
   module.def("set_active_cpu_isa", &set_active_cpu_isa, py::arg("name"),
              "Replaces the active instruction set (tests). Raises ValueError for an unknown or missing one.");

@@ -29,7 +29,7 @@ struct TypeMismatch : std::invalid_argument {
 }  // namespace partita
 
 // PARTITA_CHECK(k > 0, "top_k: got ", k, ", wanted a positive number");
-#define PARTITA_CHECK(condition, ...)                                  \
-  do {                                                                 \
-    if (!(condition)) ::partita::throw_value_error(__VA_ARGS__);       \
+#define PARTITA_CHECK(condition, ...)                            \
+  do {                                                           \
+    if (!(condition)) ::partita::throw_value_error(__VA_ARGS__); \
   } while (0)

@@ -35,7 +35,7 @@ int usable_cores() {
   cpu_set_t mask;
   CPU_ZERO(&mask);
   int cores = sched_getaffinity(0, sizeof mask, &mask) == 0 ? CPU_COUNT(&mask)
-                                                             : static_cast<int>(std::thread::hardware_concurrency());
+                                                            : static_cast<int>(std::thread::hardware_concurrency());
   if (const double quota = cgroup_quota_cores(); quota > 0)
     cores = std::min(cores, std::max(1, static_cast<int>(std::ceil(quota))));
   return std::max(1, cores);

@@ -61,8 +61,8 @@ void Frame::prepare(const std::vector<StepRow>& step_rows, const std::vector<Pag
       fail("got tokens ", step_row.start, " to ", end, ", wanted a range within 0 to ", row_store_->max_tokens());
     for (size_t group = 0; group < page_tables_.size(); ++group)
       if (end > row_store_->num_pages(step_row.row, static_cast<int>(group)) * page_size)
-        fail("tokens up to ", end, " are scheduled, its ",
-             row_store_->num_pages(step_row.row, static_cast<int>(group)), " pages of KV group ", group, " hold fewer");
+        fail("tokens up to ", end, " are scheduled, its ", row_store_->num_pages(step_row.row, static_cast<int>(group)),
+             " pages of KV group ", group, " hold fewer");
     for (int32_t t = 0; t < step_row.num_tokens; ++t) {
       token_rows_.push_back(step_row.row);
       token_positions_.push_back(step_row.start + t);
@@ -79,8 +79,8 @@ void Frame::prepare(const std::vector<StepRow>& step_rows, const std::vector<Pag
   const int64_t num_logit_rows = static_cast<int64_t>(logit_tokens_.size());
   if (num_tokens == 0 || num_tokens > max_tokens_ || num_logit_rows > max_logit_rows_) {
     clear_step();
-    throw_value_error("rows: got ", num_tokens, " tokens and ", num_logit_rows, " logit rows, wanted 1 to ", max_tokens_,
-                      " and at most ", max_logit_rows_);
+    throw_value_error("rows: got ", num_tokens, " tokens and ", num_logit_rows, " logit rows, wanted 1 to ",
+                      max_tokens_, " and at most ", max_logit_rows_);
   }
   step_rows_ = step_rows;
   copies_ = copies;

@@ -95,14 +95,14 @@ class Frame {
   std::vector<PageCopyPair> copies_;
   std::vector<float> input_embeddings_;
   std::vector<int32_t> token_rows_, token_positions_, logit_tokens_;
-  std::vector<int32_t> cu_seqlens_q_, context_starts_;         // [R + 1], [R]
-  std::vector<std::vector<const int32_t*>> page_tables_;       // [groups][R]
-  std::vector<AttentionBatch> attention_batches_;              // [groups]
-  std::vector<AttentionPlan> attention_plans_;                 // as in Program::attention_plans
+  std::vector<int32_t> cu_seqlens_q_, context_starts_;    // [R + 1], [R]
+  std::vector<std::vector<const int32_t*>> page_tables_;  // [groups][R]
+  std::vector<AttentionBatch> attention_batches_;         // [groups]
+  std::vector<AttentionPlan> attention_plans_;            // as in Program::attention_plans
   std::vector<AlignedBuffer> attention_workspaces_;
-  std::vector<AlignedBuffer> buffers_;                         // as in Program::buffers
-  std::vector<SampledToken> sampled_;                          // [S]
-  std::vector<float> scores_;                                  // [S]
+  std::vector<AlignedBuffer> buffers_;  // as in Program::buffers
+  std::vector<SampledToken> sampled_;   // [S]
+  std::vector<float> scores_;           // [S]
   std::atomic<int> cursor_{0};
 };
 

@@ -26,7 +26,8 @@ KvArena::KvArena(std::vector<KvGroupLayout> groups, int64_t num_pages)
   void* memory = mmap(nullptr, page_bytes_ * num_pages_, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED)
-    throw std::runtime_error(concat("KV arena: mmap of ", page_bytes_ * num_pages_, " bytes failed: ", std::strerror(errno)));
+    throw std::runtime_error(
+        concat("KV arena: mmap of ", page_bytes_ * num_pages_, " bytes failed: ", std::strerror(errno)));
   data_ = static_cast<std::byte*>(memory);
   // Attention walks whole pages of some hundred KiB: huge pages save most of its TLB misses.
   madvise(data_, page_bytes_ * num_pages_, MADV_HUGEPAGE);

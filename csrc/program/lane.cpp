@@ -115,7 +115,8 @@ class LaneExecution {
       was_stopped = cursor < last;
       return true;
     }
-    if (is_traced && (spans.empty() || spans.back().node != stages[next].node)) spans.push_back({stages[next].node, now, now});
+    if (is_traced && (spans.empty() || spans.back().node != stages[next].node))
+      spans.push_back({stages[next].node, now, now});
     publish(static_cast<uint32_t>(next));
     return false;
   }

@@ -12,12 +12,12 @@
 namespace partita {
 
 struct AttentionNode {
-  int group = 0;            // KV group
+  int group = 0;  // KV group
   int layer_in_group = 0;
-  int plan = 0;             // Program::add_attention_plan
-  KvGroupLayout layout;     // of the group, as the arena has it
+  int plan = 0;          // Program::add_attention_plan
+  KvGroupLayout layout;  // of the group, as the arena has it
   int num_q_heads = 0;
-  std::shared_ptr<const RopeTableStorage> rope;  // null: no rotation
+  std::shared_ptr<const RopeTableStorage> rope;     // null: no rotation
   std::vector<float> q_norm_weight, k_norm_weight;  // [D] or empty
   float norm_eps = 1e-6f;
   float scale = 0;

@@ -26,8 +26,8 @@ LinearOp::LinearOp(LinearNode node, int64_t input_stride, int64_t output_stride,
   const int64_t output_width = is_gated ? weights.out_features / 2 : weights.out_features;
   PARTITA_CHECK(input_stride_ >= weights.in_features, "linear: input rows hold ", input_stride_,
                 " floats, the weight wants ", weights.in_features);
-  PARTITA_CHECK(output_stride_ >= output_width, "linear: output rows hold ", output_stride_, " floats, the weight makes ",
-                output_width);
+  PARTITA_CHECK(output_stride_ >= output_width, "linear: output rows hold ", output_stride_,
+                " floats, the weight makes ", output_width);
   PARTITA_CHECK(prepared_stride_ >= static_cast<int64_t>(weights.prepared_row_bytes()), "linear: prepared rows hold ",
                 prepared_stride_, " bytes, the weight wants ", weights.prepared_row_bytes());
   PARTITA_CHECK(node_.norm_weight.empty() || static_cast<int64_t>(node_.norm_weight.size()) == weights.in_features,
@@ -84,7 +84,8 @@ void LinearOp::run_chunk(Frame& frame, int phase, int64_t chunk, Worker& worker,
   }
   if (rows <= kMaxPrivateRows) {
     if (worker.private_rows_owner != stage) {
-      if (worker.private_rows.bytes() < static_cast<size_t>(rows * stride)) worker.private_rows = AlignedBuffer(rows * stride);
+      if (worker.private_rows.bytes() < static_cast<size_t>(rows * stride))
+        worker.private_rows = AlignedBuffer(rows * stride);
       prepare_rows(frame, 0, rows, worker.private_rows.data(), stride);
       worker.private_rows_owner = stage;
     }

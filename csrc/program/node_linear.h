@@ -18,7 +18,7 @@ struct LinearNode {
   RowKind rows = RowKind::kToken;
   std::vector<float> norm_weight;  // RMS norm of the input; empty: none
   float norm_eps = 0;
-  std::vector<float> bias;         // [out_features]; empty: none
+  std::vector<float> bias;  // [out_features]; empty: none
   bool add_to_output = false;
   GateActivation gate = GateActivation::kNone;
 };

@@ -22,7 +22,8 @@ float token_logprob(const float* logits, int64_t vocab_size, int32_t token) {
 std::string SamplingOp::detail() const { return concat("vocabulary ", vocab_size_); }
 
 NodeCost SamplingOp::cost(const StepShape& shape) const {
-  return {static_cast<double>(shape.num_logit_rows * vocab_size_), sizeof(float) * 1.0 * shape.num_logit_rows * vocab_size_};
+  return {static_cast<double>(shape.num_logit_rows * vocab_size_),
+          sizeof(float) * 1.0 * shape.num_logit_rows * vocab_size_};
 }
 
 int64_t SamplingOp::num_chunks(const Frame& frame, int) const { return frame.num_logit_rows(); }

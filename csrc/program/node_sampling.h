@@ -1,4 +1,5 @@
-// The last nodes: the cap some models put on their logits, and a token for each sampling row, or the log probability of each scheduled token's successor.
+// The last nodes: the cap some models put on their logits, and a token for each sampling row, or the log probability of
+// each scheduled token's successor.
 #pragma once
 
 #include <string>

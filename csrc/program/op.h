@@ -17,10 +17,10 @@ const char* resource_class_name(ResourceClass resource_class);
 
 // The size of one run, from which every cost follows.
 struct StepShape {
-  int64_t num_tokens = 0;       // T
-  int64_t num_requests = 0;     // R
-  int64_t num_logit_rows = 0;   // S: token rows whose logits are computed
-  double score_pairs = 0;       // sum over token rows of visible KV tokens
+  int64_t num_tokens = 0;      // T
+  int64_t num_requests = 0;    // R
+  int64_t num_logit_rows = 0;  // S: token rows whose logits are computed
+  double score_pairs = 0;      // sum over token rows of visible KV tokens
 };
 
 struct NodeCost {
@@ -31,8 +31,8 @@ struct NodeCost {
 // One thread of a lane: memory of its own, reused by every op it runs.
 struct Worker {
   int worker_idx = 0;
-  AlignedBuffer scratch;              // at least Op::scratch_bytes
-  AlignedBuffer private_rows;         // inputs this worker prepared for itself (few-token linears)
+  AlignedBuffer scratch;                     // at least Op::scratch_bytes
+  AlignedBuffer private_rows;                // inputs this worker prepared for itself (few-token linears)
   const void* private_rows_owner = nullptr;  // the stage they were prepared for
 
   std::byte* scratch_of(size_t bytes) {

@@ -40,7 +40,8 @@ int Program::add_node(std::string name, int layer, std::unique_ptr<Op> op, std::
 
 int Program::add_attention_plan(int group, int num_q_heads) {
   for (size_t i = 0; i < attention_plans_.size(); ++i)
-    if (attention_plans_[i].group == group && attention_plans_[i].num_q_heads == num_q_heads) return static_cast<int>(i);
+    if (attention_plans_[i].group == group && attention_plans_[i].num_q_heads == num_q_heads)
+      return static_cast<int>(i);
   attention_plans_.push_back({group, num_q_heads});
   return static_cast<int>(attention_plans_.size()) - 1;
 }

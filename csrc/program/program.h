@@ -23,12 +23,12 @@ struct BufferSpec {
 };
 
 struct Node {
-  std::string name;                   // "layers.3.attention"
-  int layer = -1;                     // -1: outside the layers
+  std::string name;  // "layers.3.attention"
+  int layer = -1;    // -1: outside the layers
   std::unique_ptr<Op> op;
   std::vector<BufferId> reads;
   std::vector<BufferId> writes;
-  std::vector<BufferId> live_after;   // buffers that a frame resting after this node must keep
+  std::vector<BufferId> live_after;  // buffers that a frame resting after this node must keep
 };
 
 // One KV group as programs see it; layouts live in the KvArena.

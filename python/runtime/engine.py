@@ -199,7 +199,9 @@ class Engine:
         worst = max(message.prompt_token_ids)
         if worst >= self.config.vocab_size or min(message.prompt_token_ids) < 0:
             raise ValueError(f"prompt: got a token id outside 0 to {self.config.vocab_size - 1}")
-        stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.config.eos_token_ids)
+        stop_ids = frozenset(sampling.stop_token_ids) | (
+            frozenset() if sampling.ignore_eos else self.config.eos_token_ids
+        )
         seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed % 2**64
         native = _native_sampling(sampling, seed, stop_ids)
         native.check(self.config.vocab_size)
@@ -219,7 +221,10 @@ class Engine:
         for plan in plans:
             for admission in plan.admissions:
                 self._runner.admit(
-                    admission.row, admission.token_ids, admission.num_prompt_tokens, self._sampling[admission.request_id]
+                    admission.row,
+                    admission.token_ids,
+                    admission.num_prompt_tokens,
+                    self._sampling[admission.request_id],
                 )
             self._runner.launch(plan)
 
@@ -262,7 +267,15 @@ class Engine:
 def _native_sampling(sampling, seed: int, stop_token_ids: frozenset[int]):
     """runtime.SamplingParams as the sampling node reads them; lengths and stop strings stay with others."""
     native = _native.SamplingParams()
-    for name in ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+    for name in (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+    ):
         setattr(native, name, getattr(sampling, name))
     native.seed = seed
     native.num_logprobs = -1 if sampling.logprobs is None else sampling.logprobs

@@ -38,7 +38,9 @@ class ModelRunner:
         self.kv_plan = kv_plan
         self.completions = completions
         self.arena = _native.KvArena(list(kv_plan.groups), kv_plan.num_pages)
-        self.rows = _native.RowStore(max_num_seqs, kv_plan.max_model_len, kv_plan.num_groups, kv_plan.page_size, vocab_size)
+        self.rows = _native.RowStore(
+            max_num_seqs, kv_plan.max_model_len, kv_plan.num_groups, kv_plan.page_size, vocab_size
+        )
         self.lanes = [_native.Lane(index, cores, len(cores), completions) for index, cores in enumerate(lane_cores)]
         for lane in self.lanes:
             lane.set_tracing(is_traced)

@@ -67,7 +67,9 @@ class Recorder:
         self.program.add_embedding("embedding", table, scale, hidden.buffer_id)
         return hidden
 
-    def linear(self, name, x: Buffer, weights, *, norm=None, norm_eps=0.0, bias=None, gate="", out=None, add=False) -> Buffer:
+    def linear(
+        self, name, x: Buffer, weights, *, norm=None, norm_eps=0.0, bias=None, gate="", out=None, add=False
+    ) -> Buffer:
         """out = [rms_norm](x) @ W.T [+ bias].  [T, in] -> [T, out]
 
         ``norm``: fp32 weight of an RMS norm of x. ``gate`` ("silu", "gelu_tanh"): W is gate|up and
@@ -86,7 +88,18 @@ class Recorder:
         self.linear(name, x, weights, bias=bias, out=residual, add=True)
 
     def attention(
-        self, name, qkv: Buffer, kv_layer, *, num_q_heads, rope, scale, soft_cap=0.0, q_norm=None, k_norm=None, norm_eps=1e-6
+        self,
+        name,
+        qkv: Buffer,
+        kv_layer,
+        *,
+        num_q_heads,
+        rope,
+        scale,
+        soft_cap=0.0,
+        q_norm=None,
+        k_norm=None,
+        norm_eps=1e-6,
     ) -> Buffer:
         """(q/k norm,) RoPE, append to pages, causal attention over them.  [T, (Hq + 2 Hkv) D] -> [T, Hq D]
 

@@ -24,7 +24,7 @@ RUNNING = RequestStatus.RUNNING
 class Composition:
     """One plan in the making."""
 
-    __slots__ = ("lane", "shares", "admissions", "budget", "num_reserved_pages", "has_stalled", "has_preempted")  # noqa: RUF023
+    __slots__ = ("lane", "shares", "admissions", "budget", "num_reserved_pages", "has_stalled", "has_preempted")
 
     def __init__(self, lane: int, budget: int) -> None:
         self.lane = lane

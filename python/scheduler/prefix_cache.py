@@ -31,7 +31,7 @@ from scheduler.request import Request
 
 
 class PrefixNode:
-    __slots__ = (  # noqa: RUF023
+    __slots__ = (
         "parent", "key", "tokens", "pages", "children", "copy_children", "num_locks", "last_used", "serial", "is_alive",
     )  # fmt: skip
 

@@ -50,7 +50,7 @@ class Request:
     Raises ValueError for a value out of range, TypeError for a prompt that is not a sequence.
     """
 
-    __slots__ = (  # noqa: RUF023 (grouped by who writes them)
+    __slots__ = (
         "request_id", "prompt_token_ids", "max_tokens", "stop_token_ids", "min_tokens", "priority", "arrival_s",
         "namespace", "page_keys", "ttft_s", "tpot_s", "deadline_s", "user",
         "num_prompt_tokens", "max_num_tokens",

@@ -6,8 +6,9 @@ import itertools
 
 import numpy as np
 import pytest
-from tests.kernels.attention_cases import CODECS, Step, isas, relative_error
+
 from runtime import _native
+from tests.kernels.attention_cases import CODECS, Step, isas, relative_error
 
 # Exact mode is fp32 throughout; otherwise integer codecs compute with 16-bit fixed-point q and p on AVX-512.
 EXACT_ERROR = 1e-5

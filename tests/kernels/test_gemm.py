@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+
+from runtime import _native as native
 from tests.kernels.gemm_cases import (
     FORMATS,
     ISAS,
@@ -13,8 +15,6 @@ from tests.kernels.gemm_cases import (
     run,
     to_bf16,
 )
-
-from runtime import _native as native
 
 FP32_ERROR = 2e-6  # one fp32 accumulator over up to 1536 inputs
 

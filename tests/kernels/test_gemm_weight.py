@@ -5,9 +5,9 @@ import mmap
 import gguf
 import numpy as np
 import pytest
-from tests.kernels.gemm_cases import BLOCK, FORMATS, QUANTIZED, random_weight_bytes
 
 from runtime import _native as native
+from tests.kernels.gemm_cases import BLOCK, FORMATS, QUANTIZED, random_weight_bytes
 
 
 def dequantized(data, fmt, rows, cols, **kwargs):

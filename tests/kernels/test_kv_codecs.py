@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.kernels.attention_cases import CODECS, LEVELS, Step, decode_page, isas, rotate
+
 from runtime import _native
+from tests.kernels.attention_cases import CODECS, LEVELS, Step, decode_page, isas, rotate
 
 
 @pytest.fixture(params=isas())
@@ -17,7 +18,9 @@ def isa(request):
 
 
 def code_bytes(codec: str, head_dim: int) -> int:
-    return {"fp32": 4 * head_dim, "bf16": 2 * head_dim, "fp16": 2 * head_dim, "int8": head_dim}.get(codec, head_dim // 2)
+    return {"fp32": 4 * head_dim, "bf16": 2 * head_dim, "fp16": 2 * head_dim, "int8": head_dim}.get(
+        codec, head_dim // 2
+    )
 
 
 def encode(codec: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.kit.engines import load, running_engine
-from tests.kit.prompts import PROMPTS
 
 from runtime import _native
 from runtime.tokenizer import Tokenizer
+from tests.kit.engines import load, running_engine
+from tests.kit.prompts import PROMPTS
 
 MODES = {
     "int8": {},
@@ -26,7 +26,9 @@ def mode(request):
     tokenizer = Tokenizer.from_checkpoint(loaded.checkpoint)
     texts = [PROMPTS[i] for i in range(13)]
     prompts = [tokenizer.encode(text) for text in texts]
-    prompts += [tokenizer.encode(" ".join(PROMPTS) * repeat)[:length] for repeat, length in ((1, 200), (2, 333), (3, 517))]
+    prompts += [
+        tokenizer.encode(" ".join(PROMPTS) * repeat)[:length] for repeat, length in ((1, 200), (2, 333), (3, 517))
+    ]
     assert len(prompts) == 16
     with running_engine("smollm2", loaded=loaded, enable_prefix_caching=False, **args) as engine:
         alone = [engine.run([prompt], max_tokens=NUM_TOKENS)[0] for prompt in prompts]

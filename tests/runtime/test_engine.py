@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+
 from tests.kit.engines import load, running_engine
 from tests.kit.tiny_models import write_tiny_model
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.kit.engines import load, running_engine
-from tests.kit.tiny_models import FAMILIES, write_tiny_model
 
 from runtime.scoring import Scorer
+from tests.kit.engines import load, running_engine
+from tests.kit.tiny_models import FAMILIES, write_tiny_model
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.every_isa

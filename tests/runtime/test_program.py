@@ -8,11 +8,11 @@ from array import array
 
 import numpy as np
 import pytest
-from tests.kit.engines import load, running_engine
-from tests.kit.tiny_models import write_tiny_model
 
 from runtime import _native
 from runtime.step_trace import StepTrace
+from tests.kit.engines import load, running_engine
+from tests.kit.tiny_models import write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,9 @@ def test_the_step_trace_shows_each_step_with_its_nodes_in_order(loaded, tmp_path
         starts = [node["ts"] for node in nodes]
         assert starts == sorted(starts)
         assert nodes[0]["name"] == "embedding"  # there was nothing to copy
-        assert all(step["ts"] <= node["ts"] <= node["ts"] + node["dur"] <= step["ts"] + step["dur"] + 1 for node in nodes)
+        assert all(
+            step["ts"] <= node["ts"] <= node["ts"] + node["dur"] <= step["ts"] + step["dur"] + 1 for node in nodes
+        )
 
 
 @pytest.mark.parametrize(

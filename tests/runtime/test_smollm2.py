@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.kit.engines import load, running_engine
-from tests.kit.prompts import PROMPTS
 
 from runtime import _native
 from runtime.tokenizer import Tokenizer
+from tests.kit.engines import load, running_engine
+from tests.kit.prompts import PROMPTS
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -75,7 +75,9 @@ def test_greedy_tokens_equal_transformers(exact, hf_model):
         for position, token in enumerate(tokens):
             if int(best.indices[position]) != token:
                 gap = float(best.values[position] - logits[position, token]) / float(best.values[position].abs())
-                assert gap < TIE, f"token {position}: {token} is {gap:.1e} below transformers' {int(best.indices[position])}"
+                assert gap < TIE, (
+                    f"token {position}: {token} is {gap:.1e} below transformers' {int(best.indices[position])}"
+                )
                 num_ties += 1
     print(f"{num_ties} ties within {TIE} among {len(PROMPTS) * NUM_TOKENS} tokens")
     assert num_ties <= len(PROMPTS)

@@ -15,7 +15,9 @@ def record_gemma3(recorder, config, model):
                 "attention", qkv, layer.kv, num_q_heads=config.num_q_heads, rope=layer.rope, scale=config.query_scale,
                 soft_cap=config.attn_logit_softcap or 0.0, q_norm=layer.q_norm, k_norm=layer.k_norm, norm_eps=eps,
             )  # [T, Hq D]  # fmt: skip
-            branch = recorder.linear("o", attended, layer.o, bias=layer.o_bias, out=recorder.buffer("branch", hidden.width))
+            branch = recorder.linear(
+                "o", attended, layer.o, bias=layer.o_bias, out=recorder.buffer("branch", hidden.width)
+            )
             recorder.norm_add("post_attention", branch, hidden, layer.post_attn_norm, eps)  # [T, H]
             gated = recorder.linear(
                 "gate_up", hidden, layer.gate_up, norm=layer.ffn_norm, norm_eps=eps, gate=config.activation
