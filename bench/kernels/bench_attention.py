@@ -1,10 +1,11 @@
-"""Times paged attention natively: prefill and decode at SmolLM2's and Llama-3-8B's shapes, for each codec.
+"""Times paged attention natively: prefill and decode at SmolLM2's and Llama-3-8B's shapes.
 
-    PYTHONPATH=python python bench/kernels/bench_attention.py [--threads 2] [--rounds 15] [--only decode] [--json out.json]
+    PYTHONPATH=python python bench/kernels/bench_attention.py [--threads 2] [--rounds 15] [--only decode] [--json FILE]
 
-Each line: shape, codec, microseconds per layer (median of the rounds; best in brackets), GFLOP/s of Q K and P V, GB/s of
-K and V read from pages, and the share of the nearer floor: the machine's fp32 FMA rate or its read bandwidth, both
-measured here first with the same number of threads. Decode walks 30 layers of distinct pages, more than the caches hold.
+Each line: shape, codec, microseconds per layer (median of the rounds; best in brackets), GFLOP/s of Q K and P V, GB/s
+of K and V read from pages, and the share of the nearer floor: fp32 multiply-adds or read bandwidth, both measured here
+first on as many threads (set OPENBLAS_NUM_THREADS=1). Integer codecs compute with integer dots, so prefill may pass
+100 %. Decode walks 30 layers of distinct pages, more than the caches near a core hold.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from dataclasses import asdict, dataclass
 
 import numpy as np
+
 from runtime import _native
 
 
@@ -101,15 +103,22 @@ def run(case: Case, kv_dtype: str, args: argparse.Namespace, floors: tuple[float
     )  # fmt: skip
     layer_s = np.array(seconds[1:] or seconds) / case.num_layers
     plan = _native.attention_plan(cu, starts, layout, num_q_heads=case.num_q_heads, num_builds=20)
-    operations = 4 * case.head_dim * plan["score_pairs"]
+    operations = 4 * case.num_q_heads * case.head_dim * plan["score_pairs"]
     num_bytes = case.num_requests * pages * layout.layer_bytes()
     floor_s = max(operations / floors[0] / 1e9, num_bytes / floors[1] / 1e9)
     median = float(np.median(layer_s))
-    row = dict(
-        asdict(case), kv_dtype=kv_dtype, us=median * 1e6, best_us=float(layer_s.min()) * 1e6,
-        gflops=operations / median / 1e9, gbps=num_bytes / median / 1e9, floor_percent=100 * floor_s / median,
-        best_floor_percent=100 * floor_s / float(layer_s.min()), plan_us=plan["build_us"], chunks=len(plan["items"]),
-    )  # fmt: skip
+    row = {
+        **asdict(case),
+        "kv_dtype": kv_dtype,
+        "us": median * 1e6,
+        "best_us": float(layer_s.min()) * 1e6,
+        "gflops": operations / median / 1e9,
+        "gbps": num_bytes / median / 1e9,
+        "floor_percent": 100 * floor_s / median,
+        "best_floor_percent": 100 * floor_s / float(layer_s.min()),
+        "plan_us": plan["build_us"],
+        "chunks": len(plan["items"]),
+    }
     print(
         f"{case.kind:8s} Hq={case.num_q_heads:<3d} Hkv={case.num_kv_heads:<2d} D={case.head_dim:<4d} "
         f"R={case.num_requests:<3d} T={case.num_tokens:<5d} ctx={case.context:<6d} {kv_dtype:10s} "

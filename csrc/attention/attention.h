@@ -102,12 +102,13 @@ class AttentionPlan {
   int64_t num_chunks() const;
   // Bytes that all workers share during one attend (split results and their counters); caller-owned, 64-byte aligned.
   size_t workspace_bytes() const;
-  // The counters are the workspace's first bytes: zero them before the first attend of a plan; attend leaves them zero.
+  // The counters are the workspace's first bytes, always as many: zero them once when the workspace is allocated;
+  // attend leaves them zero, whatever plans use it in turn.
   size_t counter_bytes() const;
   size_t worker_scratch_bytes() const;  // 64-byte aligned
   struct Item;                          // defined in attention_plan.h
   const Item& item(int64_t chunk) const;
-  double score_pairs() const;  // (query head row, visible KV token) pairs of one layer; a pair is 4 * D operations
+  double score_pairs() const;  // sum over query tokens of the KV tokens each sees; costs 4 * Hq * D operations a layer
 
  private:
   struct Tile {  // query rows that share their pass over K and V
@@ -117,7 +118,6 @@ class AttentionPlan {
   std::vector<Tile> tiles_;
   std::vector<Item> items_;
   size_t workspace_bytes_ = 0;
-  size_t counter_bytes_ = 0;
   size_t worker_scratch_bytes_ = 0;
   double score_pairs_ = 0;
 };

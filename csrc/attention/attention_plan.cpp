@@ -15,6 +15,9 @@ constexpr int kMaxSplitRows = 32;
 // Loading a tile costs about as much as this many query rows computing on it.
 constexpr int kTileLoadRows = 4;
 constexpr size_t kCounterBytes = 64;  // a cache line each
+// A shared tile costs at least 1.5 items' worth, so fewer than kTargetItems are shared. Room for the most is always
+// kept: the counters of one plan then never lie where another plan of the same workspace had partials.
+constexpr size_t kCounterRegionBytes = kTargetItems * kCounterBytes;
 
 // Sum over positions first..last of the KV tokens each sees.
 double visible_pairs(int64_t first, int64_t last, int window) {
@@ -70,7 +73,6 @@ void AttentionPlan::build(const KvGroupLayout& layout, int num_q_heads, const At
       tiles_.push_back(tile);
     }
   }
-  score_pairs_ *= num_q_heads;
 
   // Dearest first: the last items to be claimed are the short ones.
   std::stable_sort(tiles_.begin(), tiles_.end(), [](const Tile& a, const Tile& b) { return a.cost > b.cost; });
@@ -102,15 +104,14 @@ void AttentionPlan::build(const KvGroupLayout& layout, int num_q_heads, const At
       if (num_items > 1) partials_bytes += sizeof(float) * partial_floats(rows, layout.head_dim) * tile.num_splits;
     }
   }
-  counter_bytes_ = num_counters * kCounterBytes;
-  for (Item& item : items_) item.partials_offset += counter_bytes_;
-  workspace_bytes_ = counter_bytes_ + partials_bytes;
+  for (Item& item : items_) item.partials_offset += kCounterRegionBytes;
+  workspace_bytes_ = num_counters > 0 ? kCounterRegionBytes + partials_bytes : 0;
   worker_scratch_bytes_ = active_attend_kernel().scratch_bytes(max_rows, layout.head_dim);
 }
 
 int64_t AttentionPlan::num_chunks() const { return static_cast<int64_t>(items_.size()); }
 size_t AttentionPlan::workspace_bytes() const { return workspace_bytes_; }
-size_t AttentionPlan::counter_bytes() const { return counter_bytes_; }
+size_t AttentionPlan::counter_bytes() const { return workspace_bytes_ > 0 ? kCounterRegionBytes : 0; }
 size_t AttentionPlan::worker_scratch_bytes() const { return worker_scratch_bytes_; }
 const AttentionPlan::Item& AttentionPlan::item(int64_t chunk) const { return items_[chunk]; }
 double AttentionPlan::score_pairs() const { return score_pairs_; }

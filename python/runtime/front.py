@@ -1,4 +1,4 @@
-"""The asyncio side of the engine: tokenizes, submits, routes each step's Deltas to the calls that wait, cancels, drains.
+"""The asyncio side of the engine: tokenizes, submits, routes each step's Deltas to those who wait, cancels, drains.
 
 It speaks to the engine by messages only (runtime/messages.py) and knows nothing of HTTP. Everything here runs on the
 event loop's thread except ``on_deltas``, which the engine thread calls once per step.
@@ -7,6 +7,7 @@ event loop's thread except ``on_deltas``, which the engine thread calls once per
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -50,8 +51,15 @@ class LiveOutput(OutputAssembler):
     """One engine request: one of the n continuations of one prompt, while it runs."""
 
     __slots__ = (
-        "request_id", "index", "prompt_index", "generation", "arrival_s", "scheduled_s", "first_token_s", "last_token_s",
+        "arrival_s",
         "finished_s",
+        "first_token_s",
+        "generation",
+        "index",
+        "last_token_s",
+        "prompt_index",
+        "request_id",
+        "scheduled_s",
     )  # fmt: skip
 
     def __init__(self, tokenizer, submit: Submit, index: int, prompt_index: int, generation: Generation) -> None:
@@ -179,7 +187,7 @@ class Front:
     def attach(
         self, engine: EngineClient, tokenizer, chat_template, *, max_num_seqs: int, default_sampling: dict | None = None
     ) -> None:
-        """Requests are accepted from here on. ``max_num_seqs``: how many the engine runs at once, for the queue's limit;
+        """Requests are accepted from here on. ``max_num_seqs``: how many the engine runs at once (the queue's limit);
         ``default_sampling``: the model's own defaults."""
         self.default_sampling = dict(default_sampling or {})
         self.tokenizer = tokenizer
@@ -279,7 +287,7 @@ class Front:
         cache_salt: str = "",
         param: str = "prompt",
     ) -> Generation:
-        """Submits every prompt ``sampling.n`` times. Raises RequestError before anything is submitted, or nothing is."""
+        """Submits every prompt ``sampling.n`` times. Raises RequestError, and then has submitted nothing."""
         engine = self.check_ready()
         self.check_queue(len(prompts) * sampling.n)
         submits = self.builder.build(
@@ -323,10 +331,8 @@ class Front:
 
     def on_deltas(self, deltas: list[Delta]) -> None:
         """The engine thread's only way in: one wake-up of the loop per step."""
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
             self.loop.call_soon_threadsafe(self._deliver, deltas)
-        except RuntimeError:  # the loop is closed: the process is ending
-            pass
 
     def _deliver(self, deltas: list[Delta]) -> None:
         now = time.monotonic()

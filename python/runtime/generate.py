@@ -23,7 +23,7 @@ def build_parser(prog: str = "python -m runtime.generate") -> argparse.ArgumentP
     group.add_argument("--prompt", metavar="TEXT", help="one prompt; - reads it from standard input")
     group.add_argument(
         "--prompts-file", metavar="FILE",
-        help='one prompt a line, or JSON lines: a text, {"prompt": text}, {"prompt_token_ids": ids} or {"messages": [...]}',
+        help='a prompt a line, or JSON lines: text, {"prompt": text}, {"prompt_token_ids": ids}, {"messages": [...]}',
     )  # fmt: skip
     group.add_argument(
         "--chat", action=argparse.BooleanOptionalAction, default=False,
@@ -94,7 +94,8 @@ def _as_json(request) -> str:
                 **({} if output.logprobs is None else {
                     "cumulative_logprob": output.cumulative_logprob,
                     "logprobs": [
-                        {str(token_id): entry.logprob for token_id, entry in position.items()} for position in output.logprobs
+                        {str(token_id): entry.logprob for token_id, entry in position.items()}
+                        for position in output.logprobs
                     ],
                 }),
             }

@@ -47,10 +47,10 @@ class _Live:
 
 
 class LLM:
-    """A loaded model with its engine. Close it, or use it as a context manager; calls from several threads take turns.
+    """A loaded model with its engine. Close it, or use it as a context manager; calls of several threads take turns.
 
-    ``model``: alias, folder, GGUF file or hub id. Keyword arguments are the fields of EngineArgs (vLLM's names for them are
-    read too). Raises ValueError or TypeError naming the argument, FileNotFoundError for a model that is not there.
+    ``model``: alias, folder, GGUF file or hub id. Keyword arguments are the fields of EngineArgs (vLLM's names for
+    them are read too). Raises ValueError or TypeError naming the argument, or what is wrong with the model's files.
     """
 
     def __init__(self, model: str = "smollm2", **engine_args) -> None:
@@ -160,9 +160,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes every prompt; the answers are in the order of the prompts.
 
-        A prompt is a text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``. One SamplingParams serves all,
-        a list one each. ``use_tqdm`` shows a progress line. Raises ValueError before anything runs if a prompt is empty or
-        does not fit, RuntimeError if generation fails.
+        A prompt is a text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``. One SamplingParams
+        serves all, a list one each. ``use_tqdm`` shows a progress line. Raises ValueError before anything runs if a
+        prompt is empty or does not fit, RuntimeError if generation fails.
         """
         return self._run(self._read_prompts(prompts), sampling_params, use_tqdm)
 

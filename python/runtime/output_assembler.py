@@ -1,4 +1,4 @@
-"""Turns one request's Deltas into text: detokenisation, stop strings, finish reasons. Shared by the HTTP front and LLM."""
+"""Turns one request's Deltas into text: detokenisation, stop strings, finish reasons. For front and LLM."""
 
 from __future__ import annotations
 
@@ -28,8 +28,20 @@ class OutputAssembler:
     """
 
     __slots__ = (
-        "sampling", "num_tokens", "num_prompt_tokens", "num_cached_tokens", "cumulative_logprob", "finish_reason", "stop_reason",
-        "error", "hit_stop_string", "_decoder", "_matcher", "_text", "_token_ids", "_logprobs",
+        "_decoder",
+        "_logprobs",
+        "_matcher",
+        "_text",
+        "_token_ids",
+        "cumulative_logprob",
+        "error",
+        "finish_reason",
+        "hit_stop_string",
+        "num_cached_tokens",
+        "num_prompt_tokens",
+        "num_tokens",
+        "sampling",
+        "stop_reason",
     )  # fmt: skip
 
     def __init__(self, tokenizer, sampling: SamplingParams, num_prompt_tokens: int) -> None:

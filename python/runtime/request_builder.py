@@ -1,4 +1,4 @@
-"""From a prompt and SamplingParams to engine requests: every check that a request must pass, for the server and for LLM."""
+"""From a prompt and SamplingParams to engine requests: every check that a request must pass."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from runtime.messages import Submit
 from runtime.sampling_params import SamplingParams
-
 
 INLINE_CHARS = 4096  # about a millisecond to tokenize; longer texts are worth a thread
 PROBE_CHARS_PER_TOKEN = 8  # a text of more characters than this times the context hardly ever fits
@@ -37,7 +36,7 @@ class Prompt:
 
 
 class RequestBuilder:
-    """Knows the limits of one loaded model. Raises RequestError naming the parameter, what came and what is possible."""
+    """Knows the limits of one loaded model. Raises RequestError naming the parameter, what came and what can be."""
 
     def __init__(self, tokenizer, max_model_len: int, seed: int = 0) -> None:
         self.tokenizer = tokenizer
@@ -89,7 +88,8 @@ class RequestBuilder:
         for token_id in (min(token_ids), max(token_ids)):
             if not 0 <= token_id < self.vocab_size:
                 raise RequestError(
-                    400, "invalid_value", f"{param} holds token id {token_id}; ids of this model are 0 to {self.vocab_size - 1}.",
+                    400, "invalid_value",
+                    f"{param} holds token id {token_id}; ids of this model are 0 to {self.vocab_size - 1}.",
                     param,
                 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What a request asks of sampling. Names follow vLLM's ``SamplingParams``; validation happens here, once, at the edge."""
+"""What a request asks of sampling. Names follow vLLM's ``SamplingParams``; validation happens here, once."""
 
 from __future__ import annotations
 

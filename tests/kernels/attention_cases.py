@@ -121,8 +121,11 @@ class Step:
         return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], axis=-1)
 
     def run(self, chunks: list[list[tuple[int, int]]] | None = None, num_threads: int = 2) -> list[np.ndarray]:
-        """Appends and attends. chunks: for each step, for each request, the positions [begin, end) it computes; by
-        default the context in one step, then all scheduled tokens. Returns each request's outputs [num_tokens, Hq * D]."""
+        """Appends and attends; each request's outputs [num_tokens, Hq * D].
+
+        chunks: for each step, for each request, the positions [begin, end) it computes; by default the context in one
+        step, then all scheduled tokens.
+        """
         if chunks is None:
             chunks = [[(0, start) for start, _ in self.requests], [(s, s + n) for s, n in self.requests]]
         outputs = [np.full((len(x), self.num_q_heads * self.head_dim), np.nan, np.float32) for x in self.tokens]

@@ -92,9 +92,11 @@ def test_throughput_reads_sharegpt_and_custom_files(tmp_path):
 
 VLLM_KEYS = {
     "date", "endpoint_type", "label", "model_id", "tokenizer_id", "num_prompts", "request_rate", "burstiness",
-    "max_concurrency", "duration", "completed", "failed", "total_input_tokens", "total_output_tokens", "request_throughput",
+    "max_concurrency", "duration", "completed", "failed", "total_input_tokens", "total_output_tokens",
+    "request_throughput",
     "request_goodput", "output_throughput", "total_token_throughput", "max_concurrent_requests",
-    *(f"{kind}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el") for kind in ("mean", "median", "std", "p50", "p99")),
+    *(f"{kind}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el")
+      for kind in ("mean", "median", "std", "p50", "p99")),
 }  # fmt: skip
 
 
@@ -102,7 +104,8 @@ VLLM_KEYS = {
 def test_serve_measures_a_running_server(server, tmp_path, capsys, backend):
     path = tmp_path / "serve.json"
     flags = (
-        f"--base-url {server.url} --backend {backend} --num-prompts 12 --max-concurrency 4 --input-len 20 --output-len 8 "
+        f"--base-url {server.url} --backend {backend} --num-prompts 12 --max-concurrency 4 --input-len 20 "
+        "--output-len 8 "
         f"--metric-percentiles 50,99 --goodput ttft:10000 --save-detailed --output-json {path}"
     )
     num_before = len(server.engine.submits)
@@ -163,7 +166,7 @@ def test_serve_reports_failures(server, capsys):
     assert "maximum context length" in capsys.readouterr().err
     assert serve.main(f"{flags} --num-warmups 1".split()) == 1
     assert "warm-up request failed" in capsys.readouterr().err
-    assert serve.main("--base-url http://127.0.0.1:9 --num-prompts 1".split()) == 1
+    assert serve.main(["--base-url", "http://127.0.0.1:9", "--num-prompts", "1"]) == 1
 
 
 @pytest.mark.parametrize(

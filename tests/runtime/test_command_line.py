@@ -149,11 +149,13 @@ def test_generate_can_use_the_chat_template(capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "--prompt"), (["--prompt", "a", "--prompts-file", "b"], "either"), (["--prompt", "a", "--temperature", "-1"], "temperature"),
+        ([], "--prompt"), (["--prompt", "a", "--prompts-file", "b"], "either"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature"),
         (["--prompt", "a", "--max-tokens", "0"], "max_tokens"), (["--prompt", "a", "--logprobs", "1"], "--json"),
         (["--prompts-file", "/no/such/file"], "no/such"), (["--prompt", "a", "--kv-dtype", "int3"], "kv_dtype"),
         (["--prompt", "a", "--policy", "random"], "policy"), (["m", "--model", "other", "--prompt", "a"], "twice"),
-        (["--prompt", "a", "--kv-memory", "lots"], "kv_memory"), (["--prompt", "a", "--max-num-seqs", "0"], "max_num_seqs"),
+        (["--prompt", "a", "--kv-memory", "lots"], "kv_memory"),
+        (["--prompt", "a", "--max-num-seqs", "0"], "max_num_seqs"),
     ],
 )  # fmt: skip
 def test_bad_flags_cost_no_load(arguments, says, capsys):
@@ -236,7 +238,8 @@ def test_console_script_lists_and_finds_its_commands(capsys):
 def test_flags_become_engine_args():
     parser = build_parser()
     flags = (
-        "--model-path x --served-model-name a b --kv-cache-dtype int8:int4 --kv-cache-memory-bytes 1GiB --block-size 32 "
+        "--model-path x --served-model-name a b --kv-cache-dtype int8:int4 --kv-cache-memory-bytes 1GiB "
+        "--block-size 32 "
         "--max-model-len 4k --no-enable-prefix-caching --threads 2 --offline --activations fp32 --trace-steps"
     )
     args = EngineArgs.from_namespace(parser.parse_args(flags.split()))

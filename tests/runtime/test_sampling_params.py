@@ -14,13 +14,16 @@ from runtime.sampling_params import SamplingParams
 
 REFUSED = [
     ("n", 0), ("n", -1), ("n", 17), ("n", True), ("n", 1.0), ("n", "1"),
-    ("temperature", math.nan), ("temperature", math.inf), ("temperature", -1e-9), ("temperature", 11), ("temperature", True),
+    ("temperature", math.nan), ("temperature", math.inf), ("temperature", -1e-9), ("temperature", 11),
+    ("temperature", True),
     ("temperature", "1"), ("temperature", None), ("temperature", 10**400),
-    ("top_p", 0), ("top_p", 1.01), ("top_p", math.nan), ("top_k", -2), ("top_k", 2**31), ("top_k", 1.5), ("top_k", False),
+    ("top_p", 0), ("top_p", 1.01), ("top_p", math.nan), ("top_k", -2), ("top_k", 2**31), ("top_k", 1.5),
+    ("top_k", False),
     ("min_p", -0.1), ("min_p", 1.1), ("min_p", math.nan),
     ("presence_penalty", 2.1), ("presence_penalty", -math.inf), ("frequency_penalty", -2.1), ("frequency_penalty", []),
     ("repetition_penalty", 0), ("repetition_penalty", -1), ("repetition_penalty", math.nan),
-    ("seed", 2**64), ("logit_bias", [0]), ("logit_bias", "0"), ("logit_bias", True),  ("seed", -(2**63) - 1), ("seed", 1.5), ("seed", True),
+    ("seed", 2**64), ("logit_bias", [0]), ("logit_bias", "0"), ("logit_bias", True),  ("seed", -(2**63) - 1),
+    ("seed", 1.5), ("seed", True),
     ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 1.0), ("max_tokens", 2**31), ("max_tokens", True),
     ("min_tokens", -1), ("min_tokens", 17), ("min_tokens", None),
     ("ignore_eos", 1), ("ignore_eos", None), ("skip_special_tokens", "no"), ("include_stop_str_in_output", 0),
@@ -62,9 +65,9 @@ def test_values_are_normalised():
 
 def test_token_ids_must_exist():
     SamplingParams(stop_token_ids=[9], logit_bias={9: 1}).check_vocabulary(10)
-    with pytest.raises(ValueError, match="stop_token_ids.*vocabulary size 9, got 9"):
+    with pytest.raises(ValueError, match=r"stop_token_ids.*vocabulary size 9, got 9"):
         SamplingParams(stop_token_ids=[9]).check_vocabulary(9)
-    with pytest.raises(ValueError, match="logit_bias.*vocabulary size 9, got 9"):
+    with pytest.raises(ValueError, match=r"logit_bias.*vocabulary size 9, got 9"):
         SamplingParams(logit_bias={9: 1}).check_vocabulary(9)
 
 
@@ -75,17 +78,21 @@ anything = (
 
 @given(st.sampled_from([field.name for field in dataclasses.fields(SamplingParams)]), anything)
 def test_any_value_is_taken_or_refused_by_name(field, value):
+    refusal = None
     try:
         SamplingParams(**{field: value})
     except (ValueError, TypeError) as error:
-        assert str(error).startswith((field, "min_tokens"))
+        refusal = str(error)
+    assert refusal is None or refusal.startswith((field, "min_tokens"))
 
 
 @pytest.mark.parametrize(
     ("text", "amount"),
     [
-        ("4GiB", 4 << 30), ("4gib", 4 << 30), ("500MB", 500_000_000), ("1.5 GiB", 3 << 29), ("123456", 123456), (123456, 123456),
-        ("0.5", 0.5), (0.5, 0.5), ("50%", 0.5), ("1.0", 1.0), (1.0, 1.0), ("100%", 1.0), ("2K", 2000), ("1", 1), (1e9, 10**9),
+        ("4GiB", 4 << 30), ("4gib", 4 << 30), ("500MB", 500_000_000), ("1.5 GiB", 3 << 29), ("123456", 123456),
+        (123456, 123456),
+        ("0.5", 0.5), (0.5, 0.5), ("50%", 0.5), ("1.0", 1.0), (1.0, 1.0), ("100%", 1.0), ("2K", 2000), ("1", 1),
+        (1e9, 10**9),
     ],
 )  # fmt: skip
 def test_memory_is_bytes_or_a_share(text, amount):
@@ -121,7 +128,8 @@ def test_max_model_len_is_tokens_or_auto():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("device", "tpu"), ("activations", "int3"), ("page_size", 48), ("max_num_seqs", 0), ("threads", -1), ("threads", True),
+        ("device", "tpu"), ("activations", "int3"), ("page_size", 48), ("max_num_seqs", 0), ("threads", -1),
+        ("threads", True),
         ("policy", "random"), ("seed", "x"), ("max_num_batched_tokens", 0), ("model", ""), ("max_num_seqs", None),
     ],
 )  # fmt: skip
@@ -131,5 +139,5 @@ def test_engine_args_name_what_is_wrong(field, value):
 
 
 def test_a_number_too_long_to_write_is_still_refused_by_name():
-    with pytest.raises(ValueError, match="^seed must be a 64-bit integer"):
+    with pytest.raises(ValueError, match=r"^seed must be a 64-bit integer"):
         SamplingParams(seed=10**5000)

@@ -26,8 +26,8 @@ class _Running:
 
 
 class ScriptedEngine:
-    """Steps every ``step_s`` seconds; each running request gets its script's next token, beginning anew at the end unless it
-    ends in EOS. ``fail_request(request_id) -> str | None`` makes requests end in an error."""
+    """Steps every ``step_s`` seconds; each running request gets its script's next token, beginning anew at the end
+    unless it ends in EOS. ``fail_request(request_id) -> str | None`` makes requests end in an error."""
 
     def __init__(
         self, tokenizer, on_deltas, *, max_model_len=512, max_num_seqs=32, step_s=0.0, script=parrot, fail_request=None
@@ -60,7 +60,8 @@ class ScriptedEngine:
     def stats(self) -> dict:
         held = len(self._running) / self.max_num_seqs
         return {
-            "num_requests_running": len(self._running), "num_requests_waiting": len(self._waiting), "kv_cache_usage": held,
+            "num_requests_running": len(self._running), "num_requests_waiting": len(self._waiting),
+            "kv_cache_usage": held,
             "num_preemptions": 0, "prefix_queries": 10, "prefix_hits": 4, "steps": self._num_steps,
             "fatal": self.fatal,
         }  # fmt: skip

@@ -34,7 +34,8 @@ def test_openai_client_chats(client):
 
 def test_openai_client_streams_chat(client):
     stream = client.chat.completions.create(
-        model=MODEL, messages=MESSAGES, temperature=0, stream=True, stream_options={"include_usage": True}, logprobs=True,
+        model=MODEL, messages=MESSAGES, temperature=0, stream=True, stream_options={"include_usage": True},
+        logprobs=True,
         top_logprobs=2,
     )  # fmt: skip
     chunks = list(stream)

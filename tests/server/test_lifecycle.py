@@ -1,4 +1,4 @@
-"""Requests that end early: clients that leave, queues that are full, servers that stop; and that nothing stays behind."""
+"""Requests that end early: clients that leave, queues that are full, servers that stop; nothing may stay behind."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def test_a_client_that_does_not_read_is_dropped(monkeypatch):
     monkeypatch.setattr("runtime.front.TICK_PERIOD_S", 0.05)
     with serve(step_s=0.0, max_model_len=400_000) as server:
         payload = json.dumps({
-            "model": MODEL, "prompt": "x" * 50, "stream": True, "ignore_eos": True, "max_tokens": 300_000, "logprobs": 20,
+            "model": MODEL, "prompt": "x" * 50, "stream": True, "ignore_eos": True, "max_tokens": 300_000,
+            "logprobs": 20,
         }).encode()  # fmt: skip
         client = socket.socket()
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

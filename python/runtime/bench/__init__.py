@@ -1,4 +1,4 @@
-"""``partita bench latency|throughput|serve``: flags and JSON keys are those of ``vllm bench``, so that scripts carry over."""
+"""``partita bench latency|throughput|serve``: its flags and JSON keys are those of ``vllm bench``."""
 
 from __future__ import annotations
 

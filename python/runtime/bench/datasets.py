@@ -90,7 +90,7 @@ def _random_prompts(namespace, ids: list[int], generator: random.Random) -> list
 
 
 def _read_sharegpt(path: str, namespace) -> list[BenchPrompt]:
-    """The first question of each conversation, with an answer as long as the recorded one (by four characters a token)."""
+    """The first question of each conversation, the answer as long as the recorded one (four characters a token)."""
     with open(path, encoding="utf-8") as file:
         conversations = json.load(file)
     found = []

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 
-class HttpFailure(Exception):  # noqa: N818  (an answer, not a fault of the client)
+class HttpFailure(Exception):
     """The server answered with an error, or with no HTTP at all."""
 
     def __init__(self, status: int, message: str) -> None:

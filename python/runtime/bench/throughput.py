@@ -65,7 +65,8 @@ def main(
         "output_tokens_per_second": num_output / elapsed_s,
     }
     print(
-        f"Throughput: {result['requests_per_second']:.2f} requests/s, {result['tokens_per_second']:.2f} total tokens/s, "
+        f"Throughput: {result['requests_per_second']:.2f} requests/s, "
+        f"{result['tokens_per_second']:.2f} total tokens/s, "
         f"{result['output_tokens_per_second']:.2f} output tokens/s"
     )
     print(f"Total num prompt tokens:  {num_prompt}")

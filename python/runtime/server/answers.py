@@ -135,7 +135,8 @@ class ChatShape(Shape):
 
     def opening_chunks(self, output: LiveOutput) -> Iterator[dict[str, Any]]:
         choice = {
-            "index": output.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None,
+            "index": output.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None,
+            "finish_reason": None,
         }  # fmt: skip
         if self.with_token_ids:
             choice["prompt_token_ids"] = list(self.generation.prompts[output.prompt_index].token_ids)

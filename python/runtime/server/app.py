@@ -17,9 +17,9 @@ from runtime.front import Front, Generation
 from runtime.request_builder import Prompt, RequestError
 from runtime.server import protocol
 from runtime.server.answers import ChatShape, CompletionShape, Shape
+from runtime.server.chat_messages import chat_prompt
 from runtime.server.errors import ApiError
 from runtime.server.guard import Guard, GuardSettings
-from runtime.server.chat_messages import chat_prompt
 from runtime.server.metrics import CONTENT_TYPE, Metrics
 from runtime.server.streaming import EventStream, EventWriter, finish
 from runtime.server.web import page_response
@@ -64,7 +64,7 @@ class Api:
             )
 
     async def read(self, request: Request, kind: type) -> Any:
-        """The checked body of a request. A full queue or a model that is still loading is refused before the body is read."""
+        """The checked body of a request; nothing is read while the model is still loading."""
         self.front.check_ready()
         fields = protocol.parse_json(await request.body())
         parsed = protocol.read_request(kind, fields)
@@ -191,7 +191,7 @@ class Api:
 def create_app(
     front: Front, settings: ServerSettings, metrics: Metrics, on_start: Callable[[], None] | None = None
 ) -> Guard:
-    """The whole server as one ASGI app. Its lifespan starts the front, calls ``on_start`` on the loop, stops the front."""
+    """The whole server as one ASGI app. Its lifespan starts the front, calls ``on_start``, stops the front."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_app):

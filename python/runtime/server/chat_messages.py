@@ -9,8 +9,12 @@ from runtime.server.protocol import MAX_MESSAGES
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Arguments of the render call itself: a request may not set them (CVE-2025-62426 is what happens otherwise).
-_RESERVED_KWARGS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize",
-                              "chat_template", "bos_token", "eos_token"})  # fmt: skip
+_RESERVED_KWARGS = frozenset(
+    {
+        "add_generation_prompt", "bos_token", "chat_template", "continue_final_message", "documents", "eos_token",
+        "messages", "tokenize", "tools",
+    }
+)  # fmt: skip
 _MAX_KWARGS = 32
 
 

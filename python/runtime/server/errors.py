@@ -9,7 +9,8 @@ from runtime.request_builder import RequestError
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {
     400: "bad_request", 401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
-    413: "request_too_large", 415: "unsupported_media_type", 429: "queue_full", 431: "headers_too_large", 500: "internal_error",
+    413: "request_too_large", 415: "unsupported_media_type", 429: "queue_full", 431: "headers_too_large",
+    500: "internal_error",
     503: "unavailable",
 }  # fmt: skip
 

@@ -7,7 +7,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from runtime.server.errors import ApiError
 
-
 CHUNK_WRITER = "partita.chunk_writer"  # key in the ASGI scope
 
 

@@ -1,4 +1,4 @@
-"""What clients may send: request bodies, checked strictly and turned into SamplingParams. Unknown fields are ignored."""
+"""What clients may send: request bodies, checked strictly, turned into SamplingParams. Unknown fields are ignored."""
 
 from __future__ import annotations
 
@@ -126,7 +126,8 @@ class SamplingRequest(BaseModel):
     def sampling_params(self, defaults: dict[str, Any]) -> SamplingParams:
         """Raises ApiError (400) naming the field."""
         names = (
-            "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+            "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+            "repetition_penalty",
             "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos", "logit_bias", "skip_special_tokens",
             "include_stop_str_in_output",
         )  # fmt: skip
@@ -249,7 +250,7 @@ def _as_api_error(error: ValidationError) -> ApiError:
     field = str(first["loc"][0]) if first["loc"] else "body"
     if first["type"] == "missing":
         return ApiError(400, f"{field} is required.", code="missing_parameter", param=field)
-    # A field of several forms reports each form's complaints: the form that comes closest has the fewest, and deep ones.
+    # A field of several forms has complaints of each: the form that comes closest has the fewest, and deep ones.
     forms: dict[object, list] = {}
     for detail in details:
         if detail["loc"][:1] == first["loc"][:1]:

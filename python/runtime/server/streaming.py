@@ -71,8 +71,7 @@ class EventWriter:
         piece: OutputPiece = output.take()
         if index in self._unstarted:
             self._unstarted.discard(index)
-            for opening in self.shape.opening_chunks(output):
-                events.append(self._event(opening))
+            events.extend(self._event(chunk) for chunk in self.shape.opening_chunks(output))
         is_plain = piece.logprobs is None and piece.finish_reason is None and not self.shape.with_token_ids
         if is_plain and not self.continuous_usage:
             if piece.text:
@@ -81,8 +80,7 @@ class EventWriter:
             return
         if piece.finish_reason is not None:
             self._unfinished.discard(index)
-        for chunk in self.shape.chunks(output, piece):
-            events.append(self._event(chunk))
+        events.extend(self._event(chunk) for chunk in self.shape.chunks(output, piece))
 
     def epilogue(self) -> bytes:
         end = b"data: [DONE]\n\n"

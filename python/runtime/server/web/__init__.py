@@ -1,4 +1,4 @@
-"""The chat page: one file, no remote asset, under a policy that allows only its own script and style by their hashes."""
+"""The chat page: one file, no remote asset, under a policy that allows only its own script and style."""
 
 from __future__ import annotations
 

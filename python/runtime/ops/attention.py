@@ -1,0 +1,193 @@
+"""Paged attention: pages and their codecs, rotary tables, append and attend.
+
+The face of csrc/attention and csrc/rope. Nothing here computes; csrc/attention/README.md has the mathematics, the byte
+image of a page and what the arithmetic promises.
+
+A step is described by the same arrays in ``append`` and ``attend`` (R requests, T token rows in all):
+
+    arena           [num_pages, page_bytes] uint8, page_bytes a multiple of 64, at least ``layout.page_bytes()``
+    cu_seqlens_q    [R + 1] int32, token rows of request r are [cu_seqlens_q[r], cu_seqlens_q[r + 1])
+    context_starts  [R] int32, absolute position of each request's first token row
+    page_tables     [R, max_pages] int32, entry p holds positions [p * page_size, (p + 1) * page_size); the rest padding
+    qkv             [T, (Hq + 2 * Hkv) * D] float32, rows contiguous: q heads, then k heads, then v heads
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from runtime import _native
+
+__all__ = [
+    "KvGroupLayout",
+    "RopeTable",
+    "append",
+    "attend",
+    "decode_kv_rows",
+    "decode_page_stream",
+    "encode_kv_rows",
+    "kv_group_layout",
+    "rope_table",
+]
+
+
+class KvGroupLayout(Protocol):
+    """Byte image of one KV group's page: for each layer the K stream, then the V stream."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    window: int
+    k_codec: str
+    v_codec: str
+
+    def k_stream_bytes(self) -> int: ...
+    def v_stream_bytes(self) -> int: ...
+    def layer_bytes(self) -> int: ...
+    def page_bytes(self) -> int: ...
+    def k_offset(self, layer: int) -> int:
+        """Bytes from the page's start to the layer's K stream."""
+
+    def v_offset(self, layer: int) -> int:
+        """Bytes from the page's start to the layer's V stream."""
+
+
+class RopeTable(Protocol):
+    """Cosines and sines of every position, float32 [num_positions, rotary_dim / 2] each."""
+
+    num_positions: int
+    rotary_dim: int
+
+    def row(self, position: int) -> tuple[list[float], list[float]]:
+        """(cosines, sines) of one position."""
+
+
+def kv_group_layout(
+    num_layers: int, num_kv_heads: int, head_dim: int, *, page_size: int = 64, kv_dtype: str = "bf16", window: int = 0
+) -> KvGroupLayout:
+    """Sizes and places of one KV group's pages.
+
+    Args:
+        head_dim: a multiple of 8 from 8 to 256.
+        page_size: tokens, 16, 32, 64 or 128.
+        kv_dtype: a codec (fp32, bf16, fp16, int8, int4, int4-plain) or a pair ``k:v``. ``int4`` holds the head rotated
+            by a Hadamard matrix, K and V alike; ``int4-plain`` does not.
+        window: tokens that a query sees, itself included; 0 for all.
+
+    Raises:
+        ValueError: names the field, what came and what was wanted.
+    """
+    return _native.KvGroupLayout(num_layers, num_kv_heads, head_dim, page_size, kv_dtype, window)
+
+
+def rope_table(inv_freq: Sequence[float], num_positions: int, *, attention_factor: float = 1.0) -> RopeTable:
+    """Rotary tables as Hugging Face transformers computes them, for half-split ("neox") pairs.
+
+    Args:
+        inv_freq: [rotary_dim / 2] inverse frequencies, any scaling already applied.
+        num_positions: rows of the table; positions past it are refused by ``append``.
+        attention_factor: multiplies cosines and sines (YaRN, LongRoPE).
+
+    Raises:
+        ValueError: an empty or non-finite ``inv_freq``, ``num_positions`` out of range.
+    """
+    return _native.RopeTableStorage(list(inv_freq), num_positions, attention_factor)
+
+
+def append(
+    qkv: Any,
+    arena: Any,
+    cu_seqlens_q: Any,
+    context_starts: Any,
+    page_tables: Any,
+    layout: KvGroupLayout,
+    *,
+    num_q_heads: int,
+    layer: int = 0,
+    rope: RopeTable | None = None,
+    q_norm_weight: Any = None,
+    k_norm_weight: Any = None,
+    norm_eps: float = 1e-6,
+    num_threads: int = 0,
+) -> None:
+    """Norms, ropes and rotates q in place; norms, ropes, rotates and encodes k and v into their page slots.
+
+    Args:
+        qkv: overwritten: the q part with what ``attend`` reads, the k and v parts with intermediate values.
+        q_norm_weight, k_norm_weight: [D] float32, RMS norm of each head before the rotation, or None.
+
+    Raises:
+        TypeError: an array of another dtype, or no array.
+        ValueError: shapes that do not fit, page ids outside the arena, positions past the rotary table.
+    """
+    _native.attention_append(
+        qkv, arena, cu_seqlens_q, context_starts, page_tables, layout, layer=layer, num_q_heads=num_q_heads, rope=rope,
+        q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight, norm_eps=norm_eps, num_threads=num_threads,
+    )  # fmt: skip
+
+
+def attend(
+    qkv: Any,
+    out: Any,
+    arena: Any,
+    cu_seqlens_q: Any,
+    context_starts: Any,
+    page_tables: Any,
+    layout: KvGroupLayout,
+    *,
+    num_q_heads: int,
+    scale: float,
+    layer: int = 0,
+    soft_cap: float = 0.0,
+    exact: bool = False,
+    num_threads: int = 0,
+) -> None:
+    """Causal attention of every token row over its request's pages, its own token included.
+
+    Args:
+        qkv: as ``append`` left it.
+        out: [T, Hq * D] float32, rows contiguous, written.
+        scale: of the scores, usually D ** -0.5.
+        soft_cap: scores become soft_cap * tanh(score / soft_cap); 0 for none.
+        exact: fp32 arithmetic for integer codecs too.
+
+    Raises:
+        TypeError: an array of another dtype, or no array.
+        ValueError: shapes that do not fit, page ids outside the arena, a scale or cap out of range.
+    """
+    _native.attention_attend(
+        qkv, out, arena, cu_seqlens_q, context_starts, page_tables, layout, layer=layer, num_q_heads=num_q_heads,
+        scale=scale, soft_cap=soft_cap, exact=exact, num_threads=num_threads,
+    )  # fmt: skip
+
+
+def encode_kv_rows(codec: str, x: Any, codes: Any, params: Any) -> None:
+    """Rows to codes as ``append`` writes them (``int4`` rotates first).
+
+    Args:
+        x: [N, D] float32.
+        codes: [N, row bytes of the codec] uint8, written.
+        params: [N, 2] float16 (scale, min), written by integer codecs.
+
+    Raises:
+        TypeError, ValueError: as above.
+    """
+    _native.encode_kv_rows(codec, x, codes, params)
+
+
+def decode_kv_rows(codec: str, codes: Any, params: Any, x: Any) -> None:
+    """Codes back to values, code * scale + min (``int4`` rotates back); arrays as in ``encode_kv_rows``."""
+    _native.decode_kv_rows(codec, codes, params, x)
+
+
+def decode_page_stream(
+    layout: KvGroupLayout, arena: Any, page_id: int, layer: int, kv_head: int, stream: str, out: Any
+) -> None:
+    """Values of one head of one stream ("k" or "v") of a page into ``out``, float32 [page_size, D].
+
+    Raises:
+        TypeError, ValueError: as above.
+    """
+    _native.decode_page_stream(layout, arena, page_id, layer, kv_head, stream, out)
