@@ -1,7 +1,8 @@
 """What this machine could do at most with a model: the floor under every time in the peer table.
 
-A step takes at least as long as its arithmetic at the measured int8 dot-product peak (attention: at
-the bf16 or fp32 peak, whichever is higher), and at least as long as reading its weights and KV once at the measured bandwidth.
+A step takes at least as long as its arithmetic at the measured peaks (linear layers: int8 dot products;
+attention: bf16 dot products or fp32 multiply-adds, whichever is higher), and at least as long as reading its
+weights and KV once at the measured bandwidth.
 """
 
 from __future__ import annotations
