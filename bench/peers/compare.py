@@ -229,7 +229,7 @@ def main() -> int:
     machine = describe_machine()
     print(f"{model.name}, {Path(arguments.model).name}, {arguments.threads} threads, KV {arguments.kv_dtype}, ", end="")
     print(f"median of {arguments.repeats}; {machine['cpu']}, {machine['date']}, commit {machine['commit']}")
-    print(f"limit from {peaks.int8_gops:.0f} int8 GOP/s, {peaks.bf16_gflops:.0f} bf16 GFLOP/s, ", end="")
+    print(f"limit from {peaks.int8_gops:.0f} int8 GOP/s, {peaks.attention_gflops:.0f} attention GFLOP/s, ", end="")
     print(f"{peaks.bandwidth_gb_s:.1f} GB/s\n")
     print_table(arguments.columns, medians, limit)
     for engine in engines:

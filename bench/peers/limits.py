@@ -1,7 +1,8 @@
 """What this machine could do at most with a model: the floor under every time in the peer table.
 
-A step takes at least as long as its arithmetic at the measured int8 dot-product peak (attention: at the
-bf16 dot-product peak), and at least as long as reading its weights and KV once at the measured bandwidth.
+A step takes at least as long as its arithmetic at the measured peaks (linear layers: int8 dot products;
+attention: bf16 dot products or fp32 multiply-adds, whichever is higher), and at least as long as reading its
+weights and KV once at the measured bandwidth.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from bench.peers.workload import Workload
 @dataclass(frozen=True, slots=True)
 class MachinePeaks:
     int8_gops: float  # 1e9 multiplies and additions a second, all threads together
-    bf16_gflops: float
+    attention_gflops: float  # bf16 dot products or fp32 multiply-adds, whichever is more
     bandwidth_gb_s: float
 
 
@@ -70,7 +71,7 @@ def limit_tokens_per_s(workload: Workload, model: ModelCost, peaks: MachinePeaks
     # Only the last token of each request needs logits.
     int8_ops = 2.0 * (num_tokens * model.linear_weights + workload.num_requests * model.head_weights)
     attention_flops = float(num_tokens * keys_per_token * model.attention_flops_per_key)
-    arithmetic_s = int8_ops / (peaks.int8_gops * 1e9) + attention_flops / (peaks.bf16_gflops * 1e9)
+    arithmetic_s = int8_ops / (peaks.int8_gops * 1e9) + attention_flops / (peaks.attention_gflops * 1e9)
     num_bytes = (
         model.linear_bytes + model.head_bytes + kv_tokens_read * model.kv_elements_per_token * (KV_BITS[kv_dtype] / 8)
     )
@@ -82,6 +83,6 @@ def measure_peaks(threads: int) -> MachinePeaks:
     from runtime import _native
 
     peaks = _native.machine_peaks(threads, 1.0)
-    # Without a bf16 dot product attention runs in fp32.
-    bf16_gflops = peaks["bf16_gflops"] or peaks["fp32_gflops"]
-    return MachinePeaks(peaks["int8_gops"], bf16_gflops, peaks["read_gb_per_second"])
+    # There are processors without a bf16 dot product, and some where it is slower than fp32 multiply-adds.
+    attention_gflops = max(peaks["bf16_gflops"], peaks["fp32_gflops"])
+    return MachinePeaks(peaks["int8_gops"], attention_gflops, peaks["read_gb_per_second"])
