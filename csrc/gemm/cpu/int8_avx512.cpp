@@ -91,8 +91,8 @@ inline __attribute__((always_inline)) void load_codes(const std::byte* tile, int
 
 // Few tokens: one pass over a packed tile as it lies in memory.
 template <WeightFormat F, int T>
-void dot_packed_tile(const TileLayout& layout, const std::byte* tile, const std::byte* prepared, int64_t row_bytes,
-                     float* sums, int64_t sums_stride) {
+void dot_packed_tile(const TileLayout& layout, const std::byte* tile, const std::byte* run_end,
+                     const std::byte* prepared, int64_t row_bytes, float* sums, int64_t sums_stride) {
   constexpr int kHalves = num_halves(F);
   constexpr int kSteps = 8 / kHalves;
   constexpr int kSums = T <= 2 ? 2 : 1;
@@ -105,7 +105,10 @@ void dot_packed_tile(const TileLayout& layout, const std::byte* tile, const std:
     load_codes<F>(tile, g, codes);
     // A tile is one stream of kLines lines per group, parameters included, and so is the run of tiles.
     constexpr int kLines = is_nibble(F) ? 5 : 9;
-    const auto* ahead = reinterpret_cast<const char*>(tile + g * kLines * 64 + kPrefetchBytes);
+    // Behind its end lies another worker's run: prefetched here it would cross the memory bus twice.
+    const std::byte* next = tile + g * kLines * 64 + kPrefetchBytes;
+    const std::byte* last = run_end - kLines * 64;
+    const auto* ahead = reinterpret_cast<const char*>(next < last ? next : last);
 #pragma GCC unroll 9
     for (int i = 0; i < kLines; ++i) _mm_prefetch(ahead + i * 64, _MM_HINT_T0);
     const Parameters parameters = load_parameters<F>(layout, tile, g);
@@ -232,14 +235,15 @@ void dot_unpacked(const std::byte* unpacked, int64_t num_groups, const std::byte
 
 template <WeightFormat F>
 void multiply_few_tokens(const TileProduct& p) {
-  using Dot = void (*)(const TileLayout&, const std::byte*, const std::byte*, int64_t, float*, int64_t);
+  using Dot = void (*)(const TileLayout&, const std::byte*, const std::byte*, const std::byte*, int64_t, float*, int64_t);
   static constexpr Dot kDots[kMaxPackedTokens] = {dot_packed_tile<F, 1>, dot_packed_tile<F, 2>, dot_packed_tile<F, 3>,
                                                   dot_packed_tile<F, 4>, dot_packed_tile<F, 5>, dot_packed_tile<F, 6>,
                                                   dot_packed_tile<F, 7>, dot_packed_tile<F, 8>};
   const Dot dot = kDots[p.num_tokens - 1];
+  const std::byte* run_end = p.tiles + p.num_tiles * p.layout->tile_bytes;
   for (int64_t i = 0; i < p.num_tiles; ++i)
-    dot(*p.layout, p.tiles + i * p.layout->tile_bytes, p.prepared, p.prepared_row_bytes, p.sums + i * kTileRows,
-        p.sums_stride);
+    dot(*p.layout, p.tiles + i * p.layout->tile_bytes, run_end, p.prepared, p.prepared_row_bytes,
+        p.sums + i * kTileRows, p.sums_stride);
 }
 
 template <WeightFormat F, int R>
