@@ -26,41 +26,43 @@ void CopyPagesOp::run_chunk(Frame& frame, int, int64_t chunk, Worker&, const voi
 }
 
 EmbeddingOp::EmbeddingOp(Weight table, std::shared_ptr<const void> keep_alive, float scale, BufferId output)
-    : table_(std::move(table)), keep_alive_(std::move(keep_alive)), scale_(scale), output_(output) {
-  table_.check("embedding");
-}
+    : table_(std::move(table)), keep_alive_(std::move(keep_alive)), scale_(scale), output_(output) {}
 
 std::string EmbeddingOp::detail() const {
-  return concat(table_.out_features, " x ", table_.in_features, " ", weight_format_name(table_.format));
+  return concat(table_.vocab_size(), " x ", table_.hidden(), " ", weight_format_name(table_.weight().format));
 }
 
 NodeCost EmbeddingOp::cost(const StepShape& shape) const {
-  const double row_bytes = static_cast<double>(table_.num_bytes) / table_.out_features;
-  return {0, shape.num_tokens * (row_bytes + sizeof(float) * table_.in_features)};
+  const double row_bytes = static_cast<double>(table_.weight().num_bytes) / table_.vocab_size();
+  return {0, shape.num_tokens * (row_bytes + sizeof(float) * table_.hidden())};
 }
 
 int64_t EmbeddingOp::num_chunks(const Frame& frame, int) const { return chunks_of(frame.num_tokens()); }
 
 void EmbeddingOp::run_chunk(Frame& frame, int, int64_t chunk, Worker&, const void*) const {
-  const int64_t width = table_.in_features;
-  float* output = frame.buffer_as<float>(output_);
-  const int64_t last = std::min((chunk + 1) * kRowsPerChunk, frame.num_tokens());
-  for (int64_t t = chunk * kRowsPerChunk; t < last; ++t) {
-    float* out_row = output + t * width;
-    if (frame.input_embeddings()) {
-      std::copy_n(frame.input_embeddings() + t * width, width, out_row);
-      continue;
-    }
-    const int32_t token = frame.row_store().tokens(frame.token_rows()[t])[frame.token_positions()[t]];
-    // A request whose logits were not finite leaves -1 behind; what is planned after it is dropped unseen.
-    if (token < 0 || token >= table_.out_features) {
-      std::fill_n(out_row, width, 0.0f);
-      continue;
-    }
-    table_.dequantize_row(token, out_row);
-    if (scale_ != 1.0f)
-      for (int64_t i = 0; i < width; ++i) out_row[i] *= scale_;
+  const int64_t width = table_.hidden();
+  const int64_t first = chunk * kRowsPerChunk;
+  const int64_t num_rows = std::min(kRowsPerChunk, frame.num_tokens() - first);
+  float* output = frame.buffer_as<float>(output_) + first * width;
+  if (frame.input_embeddings()) {
+    std::copy_n(frame.input_embeddings() + first * width, num_rows * width, output);
+    return;
   }
+  int32_t token_ids[kRowsPerChunk];
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const int32_t id = frame.row_store().tokens(frame.token_rows()[first + i])[frame.token_positions()[first + i]];
+    // A request whose logits were not finite leaves -1 behind; what is planned after it is dropped unseen.
+    token_ids[i] = id < 0 ? 0 : id;
+  }
+  EmbeddingParams params;
+  params.table = &table_;
+  params.num_tokens = num_rows;
+  params.token_ids = token_ids;
+  params.scale = scale_;
+  params.out = output;
+  params.out_stride = width;
+  const int64_t num_row_chunks = embedding_num_chunks(params);
+  for (int64_t row_chunk = 0; row_chunk < num_row_chunks; ++row_chunk) embedding_run_chunk(params, row_chunk);
 }
 
 NormAddOp::NormAddOp(std::vector<float> weight, float eps, BufferId branch, BufferId residual)

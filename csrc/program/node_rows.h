@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "gemm/gemm.h"
+#include "embedding/embedding.h"
 #include "program/program.h"
 
 namespace partita {
@@ -35,7 +35,7 @@ class EmbeddingOp final : public Op {
   void run_chunk(Frame& frame, int phase, int64_t chunk, Worker& worker, const void* stage) const override;
 
  private:
-  Weight table_;
+  EmbeddingTable table_;
   std::shared_ptr<const void> keep_alive_;
   float scale_;
   BufferId output_;

@@ -36,6 +36,7 @@ class EngineConfig:
     vocab_size: int
     eos_token_ids: frozenset[int]
     seed: int = 0
+    kernels: str = ""  # for people: instruction set, threads, activation type
 
 
 class Engine:
@@ -102,6 +103,10 @@ class Engine:
             "last_step_age_s": time.monotonic() - self._last_step_s,
             "fatal": self._fatal,
         }
+
+    def describe(self) -> list[str]:
+        """What was granted, in lines for a banner."""
+        return [f"KV pool   {self._runner.kv_plan.describe()}", f"kernels   {self.config.kernels}"]
 
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Waits until no request is queued or running."""

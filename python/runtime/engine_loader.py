@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -106,8 +107,10 @@ def start_engine(loaded: LoadedModel, args, on_deltas: Callable, trace=None):
         completions=_native.CompletionQueue(), is_traced=trace is not None,
     )  # fmt: skip
     engine_config = EngineConfig(
-        loaded.name, kv_plan.max_model_len, config.vocab_size, frozenset(config.eos_token_ids), args.seed
-    )
+        loaded.name, kv_plan.max_model_len, config.vocab_size, frozenset(config.eos_token_ids), args.seed,
+        f"{_native.active_cpu_isa()}, {loaded.threads} threads, {loaded.packed.activations} activations, "
+        f"{loaded.packed.packed_bytes / 2**20:.0f} MiB of weights",
+    )  # fmt: skip
     return Engine(engine_config, scheduler, runner, on_deltas, trace)
 
 
@@ -156,6 +159,7 @@ def load_engine(args, on_deltas: Callable):
 
         trace = StepTrace(loaded.program.node_names)
     engine = start_engine(loaded, args, on_deltas, trace)
+    gc.freeze()  # what was loaded stays: later collections need not walk it, and the step loop does not wait for them
     return engine, built["tokenizer"], built["template"], loaded.config
 
 

@@ -87,9 +87,10 @@ def kv_groups(config, k_codec: str, v_codec: str, page_size: int) -> tuple[tuple
     return layouts, tuple(layers)
 
 
-# Of what is free at start, the share that the pool may take when no size is given. Pages cost memory only once
-# they are written, so this bounds the worst case and not what an idle server holds.
+# When no size is given: room for one whole context or for every request at an ordinary length, whichever is more, and
+# at most this share of what is free. A page costs memory once it is written; the prefix cache writes them all in time.
 _DEFAULT_MEMORY_SHARE = 0.5
+_DEFAULT_REQUEST_TOKENS = 256
 
 
 def plan_kv(
@@ -98,8 +99,8 @@ def plan_kv(
 ) -> KvPlan:  # fmt: skip
     """Pages that fit. Raises ValueError with what would fit when the wanted context does not.
 
-    kv_memory: bytes, or a share (float) of the memory free now; None: up to half of it, and never more than
-    ``max_num_seqs`` requests of the whole context need.
+    kv_memory: bytes, or a share (float) of the memory free now; None: enough for one whole context or for
+    ``max_num_seqs`` requests of 256 tokens, within half of the free memory.
     """
     layouts, layers = kv_groups(config, k_codec, v_codec, page_size)
     page_bytes = max((layout.page_bytes() + 63) // 64 * 64 for layout in layouts)
@@ -136,4 +137,6 @@ def plan_kv(
             f"are granted: {fitting_len} tokens would fit; or raise --kv-memory, or choose a smaller --kv-dtype"
         )
     num_pages = min(most_pages, max_num_seqs * pages_for(max_model_len))
+    if kv_memory is None:
+        num_pages = min(num_pages, pages_for(max(max_model_len, max_num_seqs * _DEFAULT_REQUEST_TOKENS)))
     return KvPlan(layouts, layers, page_size, page_bytes, num_pages, max_model_len)

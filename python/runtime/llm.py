@@ -147,7 +147,9 @@ class LLM:
     def read_conversation(self, messages: Sequence[Mapping[str, Any]], **template_kwargs) -> Prompt:
         """The prompt that the chat template makes of ``messages``."""
         text = self.chat_prompt(messages, **template_kwargs)
-        return Prompt(self.builder.encode(text, add_special_tokens=False, param="messages"), text)
+        template_kwargs.setdefault("add_generation_prompt", True)
+        ids = self.chat_template.encode(self.tokenizer, [dict(message) for message in messages], **template_kwargs)
+        return Prompt(tuple(ids), text)
 
     # Generation
 

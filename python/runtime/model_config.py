@@ -91,6 +91,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]  # any of them ends a request; config.json and generation_config.json together
     pad_token_id: int | None
+    default_sampling: tuple[tuple[str, float], ...] = ()  # fields of SamplingParams that the model's authors recommend
 
     @property
     def rotary_dim(self) -> int:

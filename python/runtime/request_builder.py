@@ -44,6 +44,10 @@ class RequestBuilder:
         self.vocab_size = tokenizer.vocab_size
         self._seeds = random.Random(seed)  # of requests that bring none
 
+    def is_far_too_long(self, num_chars: int) -> bool:
+        """So many characters that only a look at the beginning is worth its time."""
+        return num_chars > PROBE_CHARS_PER_TOKEN * self.max_model_len
+
     def encode(self, text: str, *, add_special_tokens: bool, param: str = "prompt") -> tuple[int, ...]:
         """Token ids of a text. One that is far too long for the context is refused after looking at its beginning."""
         probe_chars = PROBE_CHARS_PER_TOKEN * self.max_model_len

@@ -156,5 +156,5 @@ def test_a_thousand_requests_a_third_of_them_left_leave_nothing_behind():
         server.wait_until(server.is_idle)
         assert len(server.engine.submits) >= 1000
         assert len(server.engine.aborts) > 100
-        assert not server.front._generations
+        server.wait_until(lambda: not server.front._generations)  # a handler may end after its request did
         assert server.complete(prompt="hello").status == 200

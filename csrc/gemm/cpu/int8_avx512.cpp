@@ -235,7 +235,8 @@ void dot_unpacked(const std::byte* unpacked, int64_t num_groups, const std::byte
 
 template <WeightFormat F>
 void multiply_few_tokens(const TileProduct& p) {
-  using Dot = void (*)(const TileLayout&, const std::byte*, const std::byte*, const std::byte*, int64_t, float*, int64_t);
+  using Dot =
+      void (*)(const TileLayout&, const std::byte*, const std::byte*, const std::byte*, int64_t, float*, int64_t);
   static constexpr Dot kDots[kMaxPackedTokens] = {dot_packed_tile<F, 1>, dot_packed_tile<F, 2>, dot_packed_tile<F, 3>,
                                                   dot_packed_tile<F, 4>, dot_packed_tile<F, 5>, dot_packed_tile<F, 6>,
                                                   dot_packed_tile<F, 7>, dot_packed_tile<F, 8>};

@@ -7,7 +7,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +295,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     config = ModelConfig.from_hf_config(
         read_json(folder / "config.json"), generation_config, str(folder / "config.json")
     )
+    config = replace(config, default_sampling=_default_sampling(generation_config, folder))
     files = [SafetensorsFile(path) for path in _weight_files(folder)]
     tensors: dict[str, RawTensor] = {}
     for file in files:
@@ -321,6 +322,28 @@ def _open_folder(folder: Path) -> Checkpoint:
         norm_offset=1.0 if config.family == "gemma3" else 0.0,
         mappings=tuple(file.buffer for file in files),
     )
+
+
+def _default_sampling(generation_config: Mapping[str, Any], folder: Path) -> tuple[tuple[str, float], ...]:
+    """What generation_config.json recommends for sampling; nothing where it asks for greedy search."""
+    if not generation_config.get("do_sample"):
+        return ()
+    limits = {
+        "temperature": (0, 10),
+        "top_p": (0, 1),
+        "min_p": (0, 1),
+        "top_k": (0, 1 << 22),
+        "repetition_penalty": (0, 10),
+    }
+    found = []
+    for name, (low, high) in limits.items():
+        value = generation_config.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ModelFileError(folder / "generation_config.json", name, value, f"a number from {low} to {high}")
+        found.append((name, value))
+    return tuple(found)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -71,9 +71,10 @@ class Api:
         self.check_model(parsed.model)
         return parsed
 
-    async def render(self, asked: Any) -> str:
+    async def render(self, asked: Any) -> Prompt:
         """What the chat template makes of a request's messages; on a thread, for a template may take its time."""
-        return await self.front.loop.run_in_executor(None, chat_prompt, self.front.chat_template, asked)
+        front = self.front
+        return await front.loop.run_in_executor(None, chat_prompt, front.chat_template, front.builder, asked)
 
     async def answer(
         self, request: Request, asked: protocol.SamplingRequest, generation: Generation, shape: Shape
@@ -127,10 +128,9 @@ class Api:
         asked.check_stream_options()
         sampling = asked.sampling_params(self.front.default_sampling)
         self.front.check_queue(sampling.n)
-        text = await self.render(asked)
-        ids = await self.front.tokenize(text, add_special_tokens=False, param="messages")
+        prompt = await self.render(asked)
         generation = self.front.generate(
-            f"chatcmpl-{request.state.request_id}", [Prompt(ids, text)], sampling, arrival_s=arrival_s,
+            f"chatcmpl-{request.state.request_id}", [prompt], sampling, arrival_s=arrival_s,
             priority=asked.priority or 0, cache_salt=asked.cache_salt or "", param="messages",
         )  # fmt: skip
         shape = ChatShape(generation, self.model_name, self.fingerprint, with_token_ids=bool(asked.return_token_ids))
@@ -141,10 +141,10 @@ class Api:
         if (asked.prompt is None) == (asked.messages is None):
             raise ApiError(400, "Give either prompt or messages.", code="missing_parameter", param="prompt")
         if asked.prompt is not None:
-            text, add_special_tokens = asked.prompt, asked.add_special_tokens is not False
+            add_special_tokens = asked.add_special_tokens is not False
+            tokens = list(await self.front.tokenize(asked.prompt, add_special_tokens=add_special_tokens))
         else:
-            text, add_special_tokens = await self.render(asked), bool(asked.add_special_tokens)
-        tokens = list(await self.front.tokenize(text, add_special_tokens=add_special_tokens))
+            tokens = list((await self.render(asked)).token_ids)
         answer = {"count": len(tokens), "max_model_len": self.front.max_model_len, "tokens": tokens}
         if asked.return_token_strs:
             strings = [self.front.tokenizer.token_bytes(token_id).decode("utf-8", "replace") for token_id in tokens]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from runtime.chat_template import ChatTemplateError
+from runtime.request_builder import Prompt
 from runtime.server.errors import ApiError
 from runtime.server.protocol import MAX_MESSAGES
 
@@ -59,8 +61,11 @@ def checked_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return checked
 
 
-def chat_prompt(chat_template, asked) -> str:
-    """Renders a request's messages to the text that the model continues."""
+def chat_prompt(chat_template, builder, asked) -> Prompt:
+    """Renders a request's messages to the prompt that the model continues.
+
+    A special token is one only where the template wrote it: what a message spells as "<|im_end|>" stays text.
+    """
     if chat_template is None:
         raise ApiError(
             400, "This model has no chat template: use /v1/completions, or start the server with --chat-template.",
@@ -82,15 +87,19 @@ def chat_prompt(chat_template, asked) -> str:
         raise _refuse("continue_final_message", "excludes add_generation_prompt")
     if continue_final and messages[-1]["role"] != "assistant":
         raise _refuse("continue_final_message", "needs a last message of the assistant")
+    settings = {"add_generation_prompt": not continue_final and add_generation is not False, **kwargs}
+    num_chars = sum(len(message["content"] or "") for message in messages)
     try:
-        text = chat_template.render(
-            messages, add_generation_prompt=not continue_final and add_generation is not False, **kwargs
-        )
-    except ValueError as error:
+        if not continue_final and not builder.is_far_too_long(num_chars):
+            return Prompt(tuple(chat_template.encode(builder.tokenizer, messages, **settings)))
+        text = chat_template.render(messages, **settings)
+    except ChatTemplateError as error:
         raise ApiError(
             400, f"The chat template refused the messages: {error}.", code="chat_template_error", param="messages"
         ) from None
-    return _without_turn_end(text, messages[-1]["content"]) if continue_final else text
+    if continue_final:
+        text = _without_turn_end(text, messages[-1]["content"])
+    return Prompt(builder.encode(text, add_special_tokens=False, param="messages"), text)
 
 
 def _without_turn_end(text: str, final_content: str) -> str:

@@ -109,7 +109,7 @@ class ServerProcess:
     def _loaded(self, loaded: tuple) -> None:
         engine, tokenizer, chat_template, model_config = loaded
         args = self.loader.args
-        defaults = getattr(model_config, "default_sampling", None)
+        defaults = dict(getattr(model_config, "default_sampling", ()))
         self.front.attach(engine, tokenizer, chat_template, max_num_seqs=args.max_num_seqs, default_sampling=defaults)
         self.metrics.bind_model(self.settings.model_names[0], engine.config.max_model_len)
         self._print_banner(engine)
