@@ -124,6 +124,8 @@ class Engine:
             self._is_closing = True
             self._runner.completions.notify()
             self._thread.join()
+            if self._trace is not None:
+                self._trace.close()
 
     # ------------------------------------------------------------------ engine thread
 

@@ -96,7 +96,7 @@ class EngineArgs:
     threads: int | None = None  # None: one per core this process may use
     seed: int = 0  # of requests that bring none
     offline: bool = False  # never touch the network
-    trace_steps: bool = False  # keep a trace of what every step ran
+    trace_steps: str | None = None  # file that gets the step trace (Perfetto JSON) when the engine ends
 
     def check(self) -> EngineArgs:
         if isinstance(self.served_model_name, str):
@@ -183,13 +183,16 @@ class EngineArgs:
             help="reuse the KV of shared prompt prefixes (default: on)",
         )  # fmt: skip
 
+        group.add_argument(
+            "--trace-steps", metavar="FILE", help="write what every step ran, node by node, as Perfetto JSON at the end"
+        )
+
         group = parser.add_argument_group("machine")
         group.add_argument("--device", choices=DEVICES, default="cpu")
         group.add_argument(
             "--threads", type=int, metavar="N", help="CPU threads (default: the cores this process may use)"
         )
         group.add_argument("--seed", type=int, default=0, help="of requests that bring none (default: 0)")
-        group.add_argument("--trace-steps", action="store_true", help="keep a trace of what every step ran")
 
     @classmethod
     def from_namespace(cls, namespace: argparse.Namespace) -> EngineArgs:

@@ -157,7 +157,7 @@ def load_engine(args, on_deltas: Callable):
     if args.trace_steps:
         from runtime.step_trace import StepTrace
 
-        trace = StepTrace(loaded.program.node_names)
+        trace = StepTrace(loaded.program.node_names, args.trace_steps)
     engine = start_engine(loaded, args, on_deltas, trace)
     gc.freeze()  # what was loaded stays: later collections need not walk it, and the step loop does not wait for them
     return engine, built["tokenizer"], built["template"], loaded.config

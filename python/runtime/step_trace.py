@@ -12,8 +12,10 @@ class StepTrace:
     # A long-lived server keeps the last so many events.
     MAX_EVENTS = 2_000_000
 
-    def __init__(self, node_names: list[str]):
+    def __init__(self, node_names: list[str], path: str | None = None):
+        """``path``: where ``close`` writes; None: nowhere."""
         self._node_names = node_names
+        self._path = path
         self._events: list[dict] = []
         self._lock = threading.Lock()
 
@@ -50,6 +52,10 @@ class StepTrace:
     def events(self) -> list[dict]:
         with self._lock:
             return list(self._events)
+
+    def close(self) -> None:
+        if self._path is not None:
+            self.write(self._path)
 
     def write(self, path: str) -> None:
         with open(path, "w") as file:

@@ -240,13 +240,13 @@ def test_flags_become_engine_args():
     flags = (
         "--model-path x --served-model-name a b --kv-cache-dtype int8:int4 --kv-cache-memory-bytes 1GiB "
         "--block-size 32 "
-        "--max-model-len 4k --no-enable-prefix-caching --threads 2 --offline --activations fp32 --trace-steps"
+        "--max-model-len 4k --no-enable-prefix-caching --threads 2 --offline --activations fp32 --trace-steps t.json"
     )
     args = EngineArgs.from_namespace(parser.parse_args(flags.split()))
     assert (args.model, args.served_model_name, args.shown_model_name()) == ("x", ("a", "b"), "a")
     assert (args.kv_codecs, args.kv_memory, args.page_size, args.max_model_len) == (("int8", "int4"), 1 << 30, 32, 4096)
     assert (args.enable_prefix_caching, args.threads, args.offline, args.activations) == (False, 2, True, "fp32")
-    assert args.trace_steps
+    assert args.trace_steps == "t.json"
     plain = EngineArgs.from_namespace(parser.parse_args([]))
     assert plain == EngineArgs().check()
     assert EngineArgs.from_namespace(parser.parse_args(["here"])).model == "here"
