@@ -111,13 +111,11 @@ def main(argv: list[str] | None = None) -> int:
             worst_so_far = max(worst_so_far, error)
             if not error <= options.tolerance:
                 rows = np.linalg.norm(a - b, axis=1) / (np.linalg.norm(a, axis=1) + 1e-30)
-                print(
-                    f"node {index} {node['name']}: {name} differs by {error:.2e}, most in row {int(rows.argmax())} of {len(rows)}"
-                )
+                worst = f"most in row {int(rows.argmax())} of {len(rows)}"
+                print(f"node {index} {node['name']}: {name} differs by {error:.2e}, {worst}")
                 return 1
-    print(
-        f"no difference above {options.tolerance:g} in {index + 1} nodes over {len(token_ids)} tokens (largest {worst_so_far:.2e})"
-    )
+    what = f"{index + 1} nodes over {len(token_ids)} tokens (largest {worst_so_far:.2e})"
+    print(f"no difference above {options.tolerance:g} in {what}")
     return 0
 
 
