@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -29,6 +31,46 @@ class ChunkWriter:
             transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
+class LingeringTransport:
+    """A transport whose close() lets the answer arrive where the client is still sending.
+
+    Closing a socket with unread data resets the connection, and a reset may overtake the answer: a client whose body
+    was refused would see no 413. So the sending side is closed first, what still comes is read and dropped, for a
+    second and a mebibyte at most, and then the connection ends (RFC 9112, section 9.6).
+    """
+
+    LINGER_S = 1.0
+    MAX_DROPPED_BYTES = 1 << 20
+
+    def __init__(self, transport: asyncio.Transport, protocol: HttpProtocol) -> None:
+        self._transport = transport
+        self._protocol = protocol
+        self._num_dropped_bytes = 0
+        self.is_lingering = False
+
+    def __getattr__(self, name: str):
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self.is_lingering or self._transport.is_closing()
+
+    def close(self) -> None:
+        is_client_sending = self._protocol.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+        if not is_client_sending or not self._transport.can_write_eof() or self._transport.is_closing():
+            self._transport.close()
+        elif not self.is_lingering:
+            self.is_lingering = True
+            self._transport.write_eof()
+            self._transport.resume_reading()
+            self._protocol.loop.call_later(self.LINGER_S, self._transport.close)
+
+    def drop(self, data: bytes) -> None:
+        """What the client sends after the answer."""
+        self._num_dropped_bytes += len(data)
+        if self._num_dropped_bytes > self.MAX_DROPPED_BYTES:
+            self._transport.close()
+
+
 class HttpProtocol(H11Protocol):
     """What is no HTTP gets a 400, a head that is too large a 431; then the connection ends."""
 
@@ -42,6 +84,15 @@ class HttpProtocol(H11Protocol):
             await app(scope, receive, send)
 
         self.app = app_with_writer
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(LingeringTransport(transport, self))
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_lingering:
+            self.transport.drop(data)
+        else:
+            super().data_received(data)
 
     def send_400_response(self, msg: str) -> None:
         head_is_large = len(self.conn.trailing_data[0]) >= 64 * 1024
