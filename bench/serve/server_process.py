@@ -53,6 +53,13 @@ class ServerProcess:
 
     def peak_resident_bytes(self) -> int:
         """The largest resident set so far, of the server and its children together."""
+        return self._memory_bytes("VmHWM:")
+
+    def resident_bytes(self) -> int:
+        """The resident set now, of the server and its children together."""
+        return self._memory_bytes("VmRSS:")
+
+    def _memory_bytes(self, field: str) -> int:
         waiting, total = [self._child.pid], 0
         while waiting:
             folder = Path("/proc") / str(waiting.pop())
@@ -62,7 +69,7 @@ class ServerProcess:
             except OSError:  # it has just ended
                 continue
             waiting += [int(child) for child in children]
-            total += sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+            total += sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
         return total
 
     def stop(self) -> None:
