@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from runtime.messages import Abort
 from tests.kit.engines import load, running_engine
 from tests.kit.tiny_models import write_tiny_model
 
@@ -48,17 +49,31 @@ def test_a_thousand_requests_a_third_aborted_leave_nothing_behind(tiny):
         engine.engine.check_integrity()
 
 
-def test_an_abort_takes_effect_within_a_step(tiny):
+def test_no_plan_made_after_an_abort_names_its_request(tiny, monkeypatch):
     path, loaded = tiny
     with running_engine(path, loaded=loaded, max_model_len=256) as engine:
-        id = engine.submit(random_prompt(loaded, 5, 10), max_tokens=200)
-        engine.wait_until(lambda: len(engine.answers[id].token_ids) >= 3)
-        steps_before = engine.engine.stats()["steps"]
-        engine.engine.abort(id, "client gone")
-        answer = engine.wait(id)
-        assert answer.finish_reason == "client gone"
-        # the step that ran, the one queued behind it, and those that completed before the abort was read
-        assert engine.engine.stats()["steps"] - steps_before <= 4
+        happened: list = []
+        runner = engine.engine._runner
+        launch, event_of = runner.launch, engine.engine._event_of
+
+        def recorded_launch(plan):
+            happened.append({scheduled.request_id for scheduled in plan.requests})
+            launch(plan)
+
+        def recorded_event(message, deltas):
+            happened.append(message)
+            return event_of(message, deltas)
+
+        monkeypatch.setattr(runner, "launch", recorded_launch)
+        monkeypatch.setattr(engine.engine, "_event_of", recorded_event)
+        request_id = engine.submit(random_prompt(loaded, 5, 10), max_tokens=240)
+        engine.wait_until(lambda: len(engine.answers[request_id].token_ids) >= 3)
+        engine.engine.abort(request_id, "client gone")
+        answer = engine.wait(request_id)
+    assert answer.finish_reason == "client gone"
+    (aborted_at,) = [i for i, entry in enumerate(happened) if isinstance(entry, Abort)]
+    assert any(request_id in plan for plan in happened[:aborted_at] if isinstance(plan, set))
+    assert not any(request_id in plan for plan in happened[aborted_at:] if isinstance(plan, set))
 
 
 def test_stop_token_ids_end_a_request_and_min_tokens_hold_them_off(tiny):
@@ -88,7 +103,7 @@ def test_logprobs_come_with_every_token(tiny):
 def test_lower_priority_numbers_run_first(tiny):
     path, loaded = tiny
     with running_engine(path, loaded=loaded, max_model_len=256, max_num_seqs=1) as engine:
-        running = engine.submit(random_prompt(loaded), max_tokens=100)
+        running = engine.submit(random_prompt(loaded, 5, 10), max_tokens=240)
         engine.wait_until(lambda: engine.answers[running].token_ids)
         late = engine.submit(random_prompt(loaded), max_tokens=2, priority=5)
         urgent = engine.submit(random_prompt(loaded), max_tokens=2, priority=-5)
