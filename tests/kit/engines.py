@@ -27,6 +27,7 @@ class EngineUnderTest:
 
     def __init__(self, loaded: LoadedModel, args: EngineArgs, trace=None):
         self.answers: dict[str, Answer] = {}
+        self.finished: list[str] = []  # request ids in the order in which they ended
         self._changed = threading.Condition()
         self.engine = start_engine(loaded, args, self._receive, trace)
         self._num_submitted = 0
@@ -42,6 +43,7 @@ class EngineUnderTest:
                 if delta.finish_reason is not None:
                     assert answer.finish_reason is None, "a request ended twice"
                     answer.finish_reason, answer.error = delta.finish_reason, delta.error
+                    self.finished.append(delta.request_id)
             self._changed.notify_all()
 
     def submit(self, prompt, **sampling) -> str:
