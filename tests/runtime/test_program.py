@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from array import array
 
 import numpy as np
@@ -106,12 +107,14 @@ def test_a_stopped_range_rests_at_its_cursor_and_resumes(loaded):
     bench, tokens = Bench(loaded), tokens_of(loaded, 100)
     expected = bench.whole(tokens)
     num_nodes, was_ever_stopped = loaded.program.num_nodes, False
-    for attempt in range(50):
+    attempt, deadline_s = 0, time.monotonic() + 60.0
+    while attempt < 50 or (not was_ever_stopped and time.monotonic() < deadline_s):
+        attempt += 1
         frame = bench.frame()
         frame.prepare(array("i", (0, 0, 100, 1)))
         while frame.cursor < num_nodes:
             ticket = bench.lanes[0].submit(frame, frame.cursor, num_nodes)
-            threading.Event().wait(attempt * 2e-5)
+            threading.Event().wait(attempt % 50 * 2e-5)
             bench.lanes[0].request_stop(ticket)
             (completion,) = bench.wait()
             assert completion["was_stopped"] == (completion["cursor"] < num_nodes)
@@ -124,17 +127,24 @@ def test_a_stopped_range_rests_at_its_cursor_and_resumes(loaded):
 
 
 def test_a_range_stopped_before_it_began_has_run_nothing(loaded):
-    bench = Bench(loaded)
-    bench.admit(0, tokens_of(loaded, 100))
-    bench.admit(1, tokens_of(loaded, 100))
-    first, second = bench.frame(), bench.frame()
-    first.prepare(array("i", (0, 0, 100, 1)))
-    second.prepare(array("i", (1, 0, 100, 1)))
-    bench.lanes[0].submit(first, 0, loaded.program.num_nodes)
-    ticket = bench.lanes[0].submit(second, 0, loaded.program.num_nodes)
-    bench.lanes[0].request_stop(ticket)
-    done = {completion["ticket"]: completion for completion in bench.wait(2)}
-    assert done[ticket]["was_stopped"] and done[ticket]["cursor"] == 0 == second.cursor
+    bench, num_nodes = Bench(loaded), loaded.program.num_nodes
+    for row in (0, 1):
+        bench.admit(row, tokens_of(loaded, 100))
+    ahead, second = [bench.frame() for _ in range(4)], bench.frame()
+    was_caught, deadline_s = False, time.monotonic() + 60.0
+    while not was_caught and time.monotonic() < deadline_s:
+        for frame in ahead:
+            frame.prepare(array("i", (0, 0, 100, 1)))
+            bench.lanes[0].submit(frame, 0, num_nodes)
+        second.prepare(array("i", (1, 0, 100, 1)))
+        ticket = bench.lanes[0].submit(second, 0, num_nodes)
+        bench.lanes[0].request_stop(ticket)
+        done = {completion["ticket"]: completion for completion in bench.wait(len(ahead) + 1)}
+        assert done[ticket]["cursor"] == second.cursor
+        assert all(not done[other]["was_stopped"] for other in done if other != ticket)
+        # Not caught: this thread slept until the four runs ahead of it were over.
+        was_caught = done[ticket]["was_stopped"] and second.cursor == 0
+    assert was_caught
 
 
 def test_lanes_on_disjoint_cores_run_at_the_same_time(loaded):
@@ -146,19 +156,33 @@ def test_lanes_on_disjoint_cores_run_at_the_same_time(loaded):
     expected = {row: bench.whole(tokens) for row, tokens in rows.items()}
     for row, tokens in rows.items():
         bench.admit(row, tokens)
-    overlapped = False
-    for _ in range(20):
-        frames = {row: bench.frame() for row in rows}
-        for row, frame in frames.items():
-            frame.prepare(array("i", (row, 0, 100, 1)))
-        for row, frame in frames.items():
-            bench.lanes[row].submit(frame, 0, loaded.program.num_nodes)
-        one, other = bench.wait(2)
-        assert {one["lane"], other["lane"]} == {0, 1}
-        overlapped |= one["start_ns"] < other["end_ns"] and other["start_ns"] < one["end_ns"]
-        for row, frame in frames.items():
+    # One run is over before a busy machine wakes the other lane's thread, so lane 0 is kept fed: three runs stand in
+    # its queue at any time until a run of lane 1 was seen to begin within one of them.
+    num_nodes, runs = loaded.program.num_nodes, ([], [])
+    frames = {0: [bench.frame() for _ in range(3)], 1: [bench.frame()]}
+    in_flight = {0: [], 1: []}
+
+    def submit(row: int, frame) -> None:
+        frame.prepare(array("i", (row, 0, 100, 1)))
+        bench.lanes[row].submit(frame, 0, num_nodes)
+        in_flight[row].append(frame)
+
+    def overlap() -> bool:
+        return any(a["start_ns"] < b["end_ns"] and b["start_ns"] < a["end_ns"] for a in runs[0] for b in runs[1][-1:])
+
+    for row, of_row in frames.items():
+        for frame in of_row:
+            submit(row, frame)
+    deadline_s = time.monotonic() + 60.0
+    while not overlap() and time.monotonic() < deadline_s:
+        for completion in bench.wait():
+            row = completion["lane"]
+            runs[row].append(completion)
+            frame = in_flight[row].pop(0)
             np.testing.assert_array_equal(bench.logits(frame, 1), expected[row])
-    assert overlapped
+            submit(row, frame)
+    bench.wait(sum(len(of_row) for of_row in in_flight.values()))
+    assert overlap(), f"{len(runs[0])} runs of lane 0 and {len(runs[1])} of lane 1 took turns"
 
 
 def test_many_small_ranges_over_more_workers_than_cores_lose_nothing(loaded):
