@@ -168,7 +168,8 @@ class EngineArgs:
         group = parser.add_argument_group("memory and scheduling")
         group.add_argument(
             "--kv-memory", "--kv-cache-memory-bytes", metavar="SIZE",
-            help="bytes (4GiB) or a share of free memory (0.5) for the KV pool",
+            help="bytes (4GiB) or a share of free memory (0.5) for the KV pool; default: one whole context, or 256 tokens "
+            "for each of --max-num-seqs within the size of the weights or 256 MiB; at most half of free memory",
         )  # fmt: skip
         group.add_argument(
             "--page-size", "--block-size", type=int, default=64, choices=PAGE_SIZES, help="tokens (default: 64)"

@@ -72,6 +72,7 @@ def load_model(args, checkpoint=None) -> LoadedModel:
     kv_plan = plan_kv(
         config, k_codec=k_codec, v_codec=v_codec, page_size=args.page_size, kv_memory=args.kv_memory,
         max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs,
+        weight_bytes=sum(tensor.data.nbytes for tensor in checkpoint.tensors.values()),
     )  # fmt: skip
     packed = pack_model(
         checkpoint, kv_plan.layers, activations, kv_plan.max_model_len, threads, _ProgressBar("packing weights")

@@ -87,20 +87,24 @@ def kv_groups(config, k_codec: str, v_codec: str, page_size: int) -> tuple[tuple
     return layouts, tuple(layers)
 
 
-# When no size is given: room for one whole context or for every request at an ordinary length, whichever is more, and
-# at most this share of what is free. A page costs memory once it is written; the prefix cache writes them all in time.
+# When no size is given: room for one whole context, or for every request at an ordinary length where that is more, but
+# for the latter never more than the model's own weights or 256 MiB. A page costs memory once it is written, and the
+# prefix cache writes all of them in time, so this is what a server will hold: for a model of 100 MB twice its weights
+# are well spent on 45 requests of 256 tokens, and beyond that nobody asked for it.
 _DEFAULT_MEMORY_SHARE = 0.5
 _DEFAULT_REQUEST_TOKENS = 256
+_DEFAULT_POOL_BYTES = 256 << 20
 
 
 def plan_kv(
     config, *, k_codec: str, v_codec: str, page_size: int, kv_memory: int | float | None, max_model_len: int | None,
-    max_num_seqs: int, available_bytes: int | None = None,
+    max_num_seqs: int, weight_bytes: int = 0, available_bytes: int | None = None,
 ) -> KvPlan:  # fmt: skip
     """Pages that fit. Raises ValueError with what would fit when the wanted context does not.
 
-    kv_memory: bytes, or a share (float) of the memory free now; None: enough for one whole context or for
-    ``max_num_seqs`` requests of 256 tokens, within half of the free memory.
+    kv_memory: bytes, or a share (float) of the memory free now; None: enough for one whole context, or for
+    ``max_num_seqs`` requests of 256 tokens as far as ``weight_bytes`` (or 256 MiB, whichever is more) holds them;
+    within half of the free memory.
     """
     layouts, layers = kv_groups(config, k_codec, v_codec, page_size)
     page_bytes = max((layout.page_bytes() + 63) // 64 * 64 for layout in layouts)
@@ -138,5 +142,7 @@ def plan_kv(
         )
     num_pages = min(most_pages, max_num_seqs * pages_for(max_model_len))
     if kv_memory is None:
-        num_pages = min(num_pages, pages_for(max(max_model_len, max_num_seqs * _DEFAULT_REQUEST_TOKENS)))
+        ordinary_pages = pages_for(max_num_seqs * _DEFAULT_REQUEST_TOKENS)
+        ordinary_pages = min(ordinary_pages, max(_DEFAULT_POOL_BYTES, weight_bytes) // page_bytes)
+        num_pages = min(num_pages, max(pages_for(max_model_len), ordinary_pages))
     return KvPlan(layouts, layers, page_size, page_bytes, num_pages, max_model_len)

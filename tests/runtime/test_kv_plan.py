@@ -32,8 +32,17 @@ def test_a_page_is_what_its_layers_heads_and_codecs_need():
 
 def test_without_a_size_the_pool_holds_a_context_or_every_request_at_an_ordinary_length():
     assert plan().max_cached_tokens == 8192
-    assert plan(max_num_seqs=64).max_cached_tokens == 64 * 256
+    assert plan(max_num_seqs=40).max_cached_tokens == 40 * 256
     assert plan(available_bytes=400 << 20).arena_bytes <= 200 << 20
+
+
+def test_without_a_size_ordinary_requests_get_no_more_than_the_weights_or_256_mib():
+    small = plan(max_num_seqs=64, weight_bytes=98 << 20)
+    assert small.arena_bytes <= 256 << 20 < small.arena_bytes + small.page_bytes
+    assert small.max_cached_tokens >= 32 * 256  # 32 clients of 128 in, 128 out are not preempted
+    large = plan(max_num_seqs=64, weight_bytes=4 << 30)
+    assert large.max_cached_tokens == 64 * 256
+    assert plan(max_num_seqs=64, max_model_len=64).max_cached_tokens == 64 * 64
 
 
 def test_bytes_and_shares_are_budgets():
