@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from runtime.messages import Delta, Submit
@@ -91,6 +91,9 @@ class Generation:
         self.stalled_task: asyncio.Task | None = None  # the writer, while it waits for the client to take bytes
         self.stalled_since_s = math.inf
         self.silent_since_s = math.inf  # while someone waits for news
+        # Takes news in the waiting caller's stead, within the delivery of a step; False: the caller must be woken.
+        # A task that is woken for each token costs more than what it does then.
+        self.take_news: Callable[[], bool] | None = None
         self._news = False
         self._waiter: asyncio.Future | None = None
 
@@ -117,6 +120,19 @@ class Generation:
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
+
+    def announce(self, now: float) -> None:
+        """A step brought something."""
+        waiter = self._waiter
+        if self.take_news is not None and waiter is not None and self.num_running and not waiter.done():
+            try:
+                if self.take_news():
+                    self.silent_since_s = now
+                    return
+            except Exception as error:  # the waiting caller's own failure, to be raised where it waits
+                waiter.set_exception(error)
+                return
+        self.wake()
 
     async def wait(self) -> bool:
         """Returns when there is something to take, all is finished or the call was cancelled; False after a while of
@@ -363,7 +379,7 @@ class Front:
                     self.engine.abort(output.request_id, "stop")
                 self._retire(output)
             if output.has_news:
-                output.generation.wake()
+                output.generation.announce(now)
         self._line_counts[0] += num_prompt
         self._line_counts[1] += num_generated
         self.observer.stepped(num_prompt, num_generated)

@@ -6,6 +6,7 @@ The front sends ``Submit`` and ``Abort``; the engine answers with one list of ``
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from runtime.sampling_params import SamplingParams
 
@@ -38,9 +39,8 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What one step added to one request."""
+class Delta(NamedTuple):
+    """What one step added to one request. A tuple, because one is made per request and step."""
 
     request_id: str
     token_ids: tuple[int, ...] = ()

@@ -21,11 +21,19 @@ class ChunkWriter:
     def __init__(self, protocol: H11Protocol) -> None:
         self._protocol = protocol
 
+    @property
+    def is_paused(self) -> bool:
+        """The client takes its bytes too slowly: ``write`` would wait."""
+        return self._protocol.flow.write_paused
+
     async def write(self, body: bytes) -> None:
         """Only for HTTP/1.1, after http.response.start without a content-length, before the last body message."""
-        flow = self._protocol.flow
-        if flow.write_paused:
-            await flow.drain()
+        if self.is_paused:
+            await self._protocol.flow.drain()
+        self.write_now(body)
+
+    def write_now(self, body: bytes) -> None:
+        """``write`` where ``is_paused`` is false."""
         transport = self._protocol.transport
         if not transport.is_closing():
             transport.write(b"%x\r\n%b\r\n" % (len(body), body))

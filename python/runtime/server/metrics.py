@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import accumulate
+
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.utils import floatToGoString
 
 from runtime.front import Front, LiveOutput, Observer
 
@@ -65,8 +71,11 @@ class Metrics(Observer):
         )
         self._success = {reason: success.labels(model_name, "0", reason) for reason in _FINISH_REASONS}
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT)
-        self._itl = histogram(
-            "inter_token_latency_seconds", "Between one step's tokens of a request and the next's.", _ITL
+        self._itl = _LoopHistogram(
+            "vllm:inter_token_latency_seconds",
+            "Between one step's tokens of a request and the next's.",
+            _ITL,
+            (model_name, "0"),
         )
         self._tpot = histogram(
             "request_time_per_output_token_seconds", "Mean of a request after its first token.", _ITL
@@ -82,6 +91,7 @@ class Metrics(Observer):
         self._step_tokens = histogram(
             "iteration_tokens_total", "Prompt and generated tokens that one step ended.", _STEP_TOKENS
         )
+        registry.register(self._itl)
         registry.register(_EngineGauges(self.front, model_name))
         self._registry = registry
 
@@ -134,6 +144,28 @@ class Metrics(Observer):
         """Everything in Prometheus' text format."""
         model = generate_latest(self._registry) if self._registry is not None else b""
         return model + generate_latest(self._http_registry)
+
+
+class _LoopHistogram:
+    """A histogram that only the loop's thread fills: without the library's lock and its walk over the buckets, which
+    once per token would cost more than the token's text."""
+
+    def __init__(self, name: str, text: str, buckets: Sequence[float], labels: Sequence[str]) -> None:
+        self._name, self._text, self._labels = name, text, labels
+        self._bounds = buckets
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def collect(self):
+        totals = list(accumulate(self._counts))
+        bounds = [floatToGoString(bound) for bound in (*self._bounds, math.inf)]
+        family = HistogramMetricFamily(self._name, self._text, labels=("model_name", "engine"))
+        family.add_metric(self._labels, list(zip(bounds, totals, strict=True)), self._sum)
+        yield family
 
 
 class _EngineGauges:
