@@ -1,4 +1,4 @@
-"""Times the sampling of one row of logits, RMS norm and the gated activation, one thread, beside NumPy's argmax.
+"""Times the sampling of one row of logits, one thread, beside NumPy's argmax, its floor.
 
     PYTHONPATH=python python bench/kernels/bench_sampling.py [--rounds 300] [--json out.json]
 
@@ -18,8 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from runtime import _native
-from runtime.ops.activation import gated_activation
-from runtime.ops.norm import rms_norm
 from runtime.ops.sampling import SamplingParams, sample_token
 
 CASES = [
@@ -77,21 +75,6 @@ def main() -> None:
                 f" {logits.nbytes / us / 1e3:6.1f} GB/s {us / argmax_us:6.2f} x argmax"
             )
             results.append({"vocab_size": vocab_size, "logits": kind, **fields, "us": us, "best_us": best_us})
-    for num_tokens, hidden in ((1, 576), (512, 576), (512, 4096)):
-        x = np.random.default_rng(3).standard_normal((num_tokens, hidden)).astype(np.float32)
-        weight, out, narrow = (
-            np.ones(hidden, np.float32),
-            np.empty_like(x),
-            np.empty((num_tokens, hidden // 2), np.float32),
-        )
-        for name, call in (
-            ("rms_norm", lambda x=x, weight=weight, out=out: rms_norm(x, weight, out)),
-            ("gated silu", lambda x=x, narrow=narrow: gated_activation(x, narrow)),
-        ):
-            us, best_us = median_and_best_us(call, options.rounds)
-            shape = f"[{num_tokens}, {hidden}]"
-            print(f"{name:<11} {shape:<12} {us:8.1f} us ({best_us:7.1f}) {x.size / us / 1e3:6.2f} Gelement/s")
-            results.append({"op": name, "num_tokens": num_tokens, "width": hidden, "us": us, "best_us": best_us})
     if options.json:
         options.json.write_text(json.dumps(results, indent=2))
 

@@ -60,14 +60,13 @@ class EngineProcess:
 
     def measure(self, workload: Workload, seed: int) -> float:
         """Tokens a second of one run. Raises EngineFailed with what the process said."""
-        os.kill(self._process.pid, signal.SIGCONT)
-        print(
-            json.dumps({"workload": dataclasses.asdict(workload), "seed": seed}), file=self._process.stdin, flush=True
-        )
-        measured = self._receive()
-        self._pause()
+        measured = self._ask({"workload": dataclasses.asdict(workload), "seed": seed})
         self.peak_resident_bytes = measured["peak_resident_bytes"]
         return measured["tokens_per_s"]
+
+    def top_logprobs(self, prompt: list[int]) -> list[tuple[int, float]]:
+        """The most likely next tokens with their log probabilities. Raises EngineFailed."""
+        return [(token, logprob) for token, logprob in self._ask({"prompt": prompt})["top_logprobs"]]
 
     def close(self) -> None:
         os.kill(self._process.pid, signal.SIGCONT)
@@ -76,6 +75,14 @@ class EngineProcess:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             self._process.kill()
+
+    def _ask(self, request: dict) -> dict:
+        os.kill(self._process.pid, signal.SIGCONT)
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        try:
+            return self._receive()
+        finally:
+            self._pause()
 
     def _pause(self) -> None:
         os.kill(self._process.pid, signal.SIGSTOP)

@@ -30,6 +30,9 @@ class Engine(Protocol):
     def measure(self, workload: Workload, prompts: list[list[int]]) -> float:
         """Runs the workload once and returns the seconds that its timed part took."""
 
+    def top_logprobs(self, prompt: list[int]) -> list[tuple[int, float]]:
+        """The most likely next tokens after the prompt, 20 or more, with their log probabilities."""
+
 
 def die_with_parent() -> None:
     """A paused process cannot see that its stdin was closed: have Linux end it when compare.py is gone."""
@@ -67,6 +70,12 @@ def main() -> None:
 
     for line in sys.stdin:
         request = json.loads(line)
+        if "prompt" in request:
+            try:
+                answer(top_logprobs=engine.top_logprobs(request["prompt"]))
+            except Exception as error:
+                answer(error=f"{type(error).__name__}: {error}")
+            continue
         workload = Workload(**request["workload"])
         try:
             seconds = engine.measure(workload, workload.prompts(request["seed"], arguments.vocab_size))

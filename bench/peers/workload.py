@@ -45,6 +45,9 @@ WORKLOADS = {
         Workload("decode_x1_ctx2048", "x1 (ctx 2048)", 2048, 1, 64),
         Workload("decode_x8", "x8 (ctx 128)", 128, 8, 64),
         Workload("decode_x32", "x32 (ctx 128)", 128, 32, 32),
+        # For models of a gigabyte, whose steps take longer.
+        Workload("decode_x1_short", "decode x1 (ctx 16)", 16, 1, 32),
+        Workload("decode_x8_short", "x8 (ctx 16)", 16, 8, 16),
         Workload("decode_x1_ctx4096", "x1 (ctx 4096)", 4096, 1, 32),
         Workload("decode_x1_ctx8192", "x1 (ctx 8192)", 8192, 1, 32),
     )

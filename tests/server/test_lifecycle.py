@@ -158,3 +158,25 @@ def test_a_thousand_requests_a_third_of_them_left_leave_nothing_behind():
         assert len(server.engine.aborts) > 100
         server.wait_until(lambda: not server.front._generations)  # a handler may end after its request did
         assert server.complete(prompt="hello").status == 200
+
+
+def test_a_client_that_reads_late_gets_every_token_in_order():
+    """Its socket fills up, so the text goes from the delivery's own write to the waiting task and back."""
+    body = {"prompt": "hello world again", "max_tokens": 20_000, "ignore_eos": True}
+    with serve(max_model_len=40_000) as server:
+        payload = json.dumps({"model": MODEL, "temperature": 0, "stream": True, **body}).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", server.port))
+            client.sendall(head.encode() + payload)
+            server.wait_until(
+                lambda: any(time.monotonic() - g.stalled_since_s > 0.3 for g in server.front._generations), 30
+            )
+            raw = b"".join(iter(lambda: client.recv(1 << 16), b""))
+        lines = raw.partition(b"\r\n\r\n")[2].split(b"\n")
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
+        streamed = "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
+        assert streamed == server.complete(**body).json()["choices"][0]["text"]
+        assert len(chunks) < 20_000  # what came while it did not read was written together

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import math
 import random
 import time
 
@@ -17,6 +18,7 @@ import llama_cpp
 from bench.peers.workload import Workload
 
 MAX_BATCH_TOKENS = 2048  # tokens of one llama_decode call; llama-bench's default, as is the micro-batch of 512
+NUM_TOP_LOGPROBS = 2000  # so that another engine's first twenty are among them
 
 
 def load(model: str, threads: int, kv_dtype: str) -> LlamaCpp:
@@ -56,6 +58,22 @@ class LlamaCpp:
         finally:
             llama_cpp.llama_batch_free(batch)
             llama_cpp.llama_free(context)
+
+    def top_logprobs(self, prompt: list[int]) -> list[tuple[int, float]]:
+        context = self._context(Workload("check", "check", len(prompt), 1, 1))
+        batch = llama_cpp.llama_batch_init(len(prompt), 0, 1)
+        try:
+            last = len(prompt) - 1
+            self._decode(context, batch, [(token, place, 0, place == last) for place, token in enumerate(prompt)])
+            raw = llama_cpp.llama_get_logits_ith(context, last)
+            logits = [raw[token] for token in range(self._vocab_size)]
+        finally:
+            llama_cpp.llama_batch_free(batch)
+            llama_cpp.llama_free(context)
+        most = max(logits)
+        log_sum = most + math.log(math.fsum(math.exp(logit - most) for logit in logits))
+        order = sorted(range(len(logits)), key=lambda token: -logits[token])[:NUM_TOP_LOGPROBS]
+        return [(token, logits[token] - log_sum) for token in order]
 
     def _context(self, workload: Workload) -> object:
         params = llama_cpp.llama_context_default_params()

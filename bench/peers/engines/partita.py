@@ -54,6 +54,19 @@ class Partita:
             while not self._deltas.empty():
                 self._deltas.get()
 
+    def top_logprobs(self, prompt: list[int]) -> list[tuple[int, float]]:
+        sampling = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=1, logprobs=20)
+        self._engine.submit(Submit(f"bench-{next(self._request_ids)}", tuple(prompt), sampling))
+        found: list[tuple[int, float]] = []
+        while True:
+            for delta in self._deltas.get(timeout=300)[1]:
+                if delta.error:
+                    raise RuntimeError(delta.error)
+                if delta.logprobs:
+                    found = list(delta.logprobs[0].top)
+                if delta.finish_reason is not None:
+                    return found
+
     def _time(self, workload: Workload, waiting: set[str], started: float) -> float:
         """Seconds of the timed part, by the moments at which steps handed their deltas over."""
         num_decoded = 0
