@@ -75,8 +75,12 @@ class PackedLinear {
   // independent chunks. A token's result depends neither on num_tokens nor on the chunk (batch invariance).
   virtual int64_t num_chunks(int64_t num_tokens, bool gated) const = 0;
   virtual size_t scratch_bytes(int64_t num_tokens, bool gated) const = 0;  // per worker, 64-byte aligned
+  // run_end: the caller will probably run the chunks up to here next (at least chunk + 1), so their weights are
+  // prefetched.
   virtual void run_chunk(const std::byte* prepared, int64_t num_tokens, const LinearEpilogue& epilogue, int64_t chunk,
-                         std::byte* scratch) const = 0;
+                         int64_t run_end, std::byte* scratch) const = 0;
+  // Asks for the first weights of a chunk, for a caller that has something to do before it runs it.
+  virtual void prefetch_chunk(int64_t num_tokens, bool gated, int64_t chunk) const = 0;
 
   // Operations (2 * multiply-adds) and bytes of weights one run over `num_tokens` touches.
   double operations(int64_t num_tokens) const { return 2.0 * num_tokens * out_features * in_features; }

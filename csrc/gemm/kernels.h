@@ -35,7 +35,8 @@ struct TileProduct {
   const TileLayout* layout;
   const std::byte* tiles;  // num_tiles tiles, layout->tile_bytes apart
   int64_t num_tiles;
-  const std::byte* prepared;  // num_tokens prepared rows
+  const std::byte* prefetch_end;  // the caller will probably multiply the tiles up to here next
+  const std::byte* prepared;      // num_tokens prepared rows
   int64_t prepared_row_bytes;
   int64_t num_tokens;
   float* sums;  // [num_tokens, sums_stride]; columns [0, 16 * num_tiles) are written

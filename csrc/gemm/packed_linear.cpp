@@ -1,8 +1,8 @@
 // A packed linear layer: its segments' tiles, and how a run over them is cut into chunks.
 //
 // A chunk is (token block, row range). Rows first inside a token block, so that the block's activations stay in
-// cache while the weights stream past. With few tokens a chunk is a run of packed bytes long enough to stream; with
-// many, four tiles by up to 96 tokens.
+// cache while the weights stream past. With few tokens a chunk is some 24 KB of packed weights, and a worker streams
+// through a run of neighbouring ones; with many, it is four tiles by up to 96 tokens.
 #include <algorithm>
 #include <cstring>
 
@@ -18,11 +18,10 @@
 namespace partita {
 namespace {
 
-// Of packed weights. Neighbouring chunks go to different workers, and what a worker prefetches starts anew with each,
-// so small ones waste bandwidth; the gain over 16 KiB is not settled (README).
-constexpr int64_t kDecodeChunkBytes = 64 * 1024;
+constexpr int64_t kDecodeChunkBytes = 24 * 1024;
 constexpr int64_t kMinChunks = 8;  // wanted, so that a few workers end together
 constexpr int64_t kPrefillChunkTiles = 4;
+constexpr int64_t kFirstPrefetchBytes = 8 * 1024;  // of each stream of a chunk
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -53,7 +52,8 @@ class TiledLinear final : public PackedLinear {
   int64_t num_chunks(int64_t num_tokens, bool gated) const override;
   size_t scratch_bytes(int64_t num_tokens, bool gated) const override;
   void run_chunk(const std::byte* prepared, int64_t num_tokens, const LinearEpilogue& epilogue, int64_t chunk,
-                 std::byte* scratch) const override;
+                 int64_t run_end, std::byte* scratch) const override;
+  void prefetch_chunk(int64_t num_tokens, bool gated, int64_t chunk) const override;
 
  private:
   // How a run is cut.
@@ -62,13 +62,21 @@ class TiledLinear final : public PackedLinear {
     int64_t chunk_rows;  // a multiple of kTileRows
     int64_t row_chunks;
   };
+  // What one chunk computes.
+  struct Region {
+    int64_t first_token, num_tokens;
+    int64_t begin, end;  // output rows
+    int64_t run_end;     // output rows of the chunks that the caller runs next
+    const Piece* piece;
+  };
+  Region region(const Cut& cut, int64_t num_tokens, bool gated, int64_t chunk, int64_t run_end) const;
   const std::vector<Piece>& pieces(bool gated) const { return gated ? gated_pieces_ : pieces_; }
   Cut cut(int64_t num_tokens, bool gated) const;
   void cut_gated_pieces();
   int segment_of(int64_t row) const;
   // Sums of the tiles that cover rows [begin, end); returns where row `begin` lies in them.
-  const float* multiply(int segment, int64_t begin, int64_t end, const std::byte* prepared, int64_t num_tokens,
-                        float* sums, int64_t sums_stride, std::byte* scratch) const;
+  const float* multiply(int segment, int64_t begin, int64_t end, int64_t run_end, const std::byte* prepared,
+                        int64_t num_tokens, float* sums, int64_t sums_stride, std::byte* scratch) const;
 
   const TileKernels* kernels_;
   int64_t row_bytes_;
@@ -157,8 +165,9 @@ TiledLinear::Cut TiledLinear::cut(int64_t num_tokens, bool gated) const {
   cut.token_block = std::max<int64_t>(1, ceil_div(num_tokens, num_blocks));
   int64_t tiles = kPrefillChunkTiles;
   if (num_tokens <= kernels_->max_decode_tokens)
-    tiles = std::max<int64_t>(1, kDecodeChunkBytes * total_tiles_ / static_cast<int64_t>(packed_bytes_));
-  if (gated) tiles = std::max<int64_t>(1, tiles / 2);
+    tiles = kDecodeChunkBytes * total_tiles_ / static_cast<int64_t>(packed_bytes_);
+  if (gated) tiles /= 2;
+  tiles = std::max<int64_t>(2, tiles / 2 * 2);  // kernels take tiles in pairs
   const int64_t output_tiles = gated ? total_tiles_ / 2 : total_tiles_;
   tiles = std::max<int64_t>(1, std::min(tiles, output_tiles * num_blocks / kMinChunks));
   cut.chunk_rows = tiles * kTileRows;
@@ -180,8 +189,9 @@ size_t TiledLinear::scratch_bytes(int64_t num_tokens, bool gated) const {
   return kTileScratchBytes + sums * sizeof(float);
 }
 
-const float* TiledLinear::multiply(int segment_idx, int64_t begin, int64_t end, const std::byte* prepared,
-                                   int64_t num_tokens, float* sums, int64_t sums_stride, std::byte* scratch) const {
+const float* TiledLinear::multiply(int segment_idx, int64_t begin, int64_t end, int64_t run_end,
+                                   const std::byte* prepared, int64_t num_tokens, float* sums, int64_t sums_stride,
+                                   std::byte* scratch) const {
   const Segment& segment = segments_[segment_idx];
   const int64_t first_tile = (begin - segment.first_row) / kTileRows;
   const int64_t end_tile = ceil_div(end - segment.first_row, kTileRows);
@@ -189,6 +199,7 @@ const float* TiledLinear::multiply(int segment_idx, int64_t begin, int64_t end, 
   product.layout = &segment.layout;
   product.tiles = segment.tiles + first_tile * segment.layout.tile_bytes;
   product.num_tiles = end_tile - first_tile;
+  product.prefetch_end = segment.tiles + ceil_div(run_end - segment.first_row, kTileRows) * segment.layout.tile_bytes;
   product.prepared = prepared;
   product.prepared_row_bytes = row_bytes_;
   product.num_tokens = num_tokens;
@@ -199,18 +210,41 @@ const float* TiledLinear::multiply(int segment_idx, int64_t begin, int64_t end, 
   return sums + (begin - segment.first_row - first_tile * kTileRows);
 }
 
+TiledLinear::Region TiledLinear::region(const Cut& c, int64_t num_tokens, bool gated, int64_t chunk,
+                                        int64_t run_end) const {
+  Region r;
+  r.first_token = chunk / c.row_chunks * c.token_block;
+  r.num_tokens = std::min(c.token_block, num_tokens - r.first_token);
+  int64_t row_chunk = chunk % c.row_chunks;
+  r.piece = pieces(gated).data();
+  for (int64_t count; row_chunk >= (count = ceil_div(r.piece->end - r.piece->begin, c.chunk_rows)); ++r.piece)
+    row_chunk -= count;
+  r.begin = r.piece->begin + row_chunk * c.chunk_rows;
+  r.end = std::min(r.piece->end, r.begin + c.chunk_rows);
+  r.run_end = std::clamp(r.begin + (run_end - chunk) * c.chunk_rows, r.end, r.piece->end);
+  return r;
+}
+
+void TiledLinear::prefetch_chunk(int64_t num_tokens, bool gated, int64_t chunk) const {
+  const Region r = region(cut(num_tokens, gated), num_tokens, gated, chunk, chunk + 1);
+  const auto prefetch = [&](int segment_idx, int64_t row) {
+    const Segment& segment = segments_[segment_idx];
+    const int64_t first = (row - segment.first_row) / kTileRows * segment.layout.tile_bytes;
+    const int64_t bytes =
+        std::min(kFirstPrefetchBytes, ceil_div(segment.num_rows, kTileRows) * segment.layout.tile_bytes - first);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(segment.tiles + first + at, 0, 2);
+  };
+  prefetch(r.piece->segment, r.begin);
+  if (gated) prefetch(r.piece->up_segment, out_features / 2 + r.begin);
+}
+
 void TiledLinear::run_chunk(const std::byte* prepared, int64_t num_tokens, const LinearEpilogue& epilogue,
-                            int64_t chunk, std::byte* scratch) const {
+                            int64_t chunk, int64_t run_end, std::byte* scratch) const {
   const bool gated = epilogue.gate != GateActivation::kNone;
   const Cut c = cut(num_tokens, gated);
-  const int64_t first_token = chunk / c.row_chunks * c.token_block;
-  const int64_t block_tokens = std::min(c.token_block, num_tokens - first_token);
-  int64_t row_chunk = chunk % c.row_chunks;
-  const Piece* piece = pieces(gated).data();
-  for (int64_t count; row_chunk >= (count = ceil_div(piece->end - piece->begin, c.chunk_rows)); ++piece)
-    row_chunk -= count;
-  const int64_t begin = piece->begin + row_chunk * c.chunk_rows;
-  const int64_t end = std::min(piece->end, begin + c.chunk_rows);
+  const Region region = this->region(c, num_tokens, gated, chunk, run_end);
+  const int64_t first_token = region.first_token, block_tokens = region.num_tokens;
+  const int64_t begin = region.begin, end = region.end;
 
   // Outputs of many tokens have left the cache since they were last touched: ask for them before the dots, so that
   // the stores after them do not wait.
@@ -224,11 +258,12 @@ void TiledLinear::run_chunk(const std::byte* prepared, int64_t num_tokens, const
   const int64_t sums_stride = c.chunk_rows + kTileRows;
   const int64_t half = out_features / 2;
   SumsStore store;
-  store.sums = multiply(piece->segment, begin, end, rows, block_tokens, sums, sums_stride, scratch);
+  store.sums =
+      multiply(region.piece->segment, begin, end, region.run_end, rows, block_tokens, sums, sums_stride, scratch);
   store.up_sums = nullptr;
   if (gated)
-    store.up_sums = multiply(piece->up_segment, half + begin, half + end, rows, block_tokens,
-                             sums + c.token_block * sums_stride, sums_stride, scratch);
+    store.up_sums = multiply(region.piece->up_segment, half + begin, half + end, half + region.run_end, rows,
+                             block_tokens, sums + c.token_block * sums_stride, sums_stride, scratch);
   store.sums_stride = sums_stride;
   store.num_tokens = block_tokens;
   store.num_rows = end - begin;

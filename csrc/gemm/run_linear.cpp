@@ -8,6 +8,7 @@
 
 #include "core/aligned_buffer.h"
 #include "core/check.h"
+#include "core/chunk_claims.h"
 #include "core/parallel_for.h"
 
 namespace partita {
@@ -44,7 +45,8 @@ void run_linear(const PackedLinear& linear, const float* x, int64_t num_tokens, 
   const size_t scratch_bytes = (linear.scratch_bytes(num_tokens, gated) + 63) / 64 * 64;
   const AlignedBuffer scratch(scratch_bytes * num_threads);
   parallel_for(linear.num_chunks(num_tokens, gated), num_threads, [&](int64_t chunk, int worker_idx) {
-    linear.run_chunk(prepared.data(), num_tokens, epilogue, chunk, scratch.data() + worker_idx * scratch_bytes);
+    linear.run_chunk(prepared.data(), num_tokens, epilogue, chunk, chunk + 1,
+                     scratch.data() + worker_idx * scratch_bytes);
   });
 }
 
@@ -75,19 +77,23 @@ double time_linear(const std::vector<const PackedLinear*>& linears, int64_t num_
   const AlignedBuffer scratch(scratch_bytes * num_threads);
   const int64_t num_chunks = first.num_chunks(num_tokens, gated);
 
-  // All runs lie in one counter; a worker enters run i + 1 when all chunks of run i are done.
-  std::atomic<int64_t> next_chunk{0}, done_chunks{0};
+  // Claimed as a lane's workers claim them; a worker enters iteration i + 1 when all chunks of i are done.
+  std::vector<ChunkRun> runs(iterations * num_threads);
+  for (int64_t i = 0; i < iterations; ++i) open_runs(runs.data() + i * num_threads, num_threads, num_chunks);
+  std::atomic<int64_t> done_chunks{0};
   std::atomic<int> ready{0};
   auto work = [&](int worker_idx) {
     ready.fetch_add(1);
     while (ready.load() < num_threads) std::this_thread::yield();
-    for (int64_t claimed; (claimed = next_chunk.fetch_add(1)) < num_chunks * iterations;) {
-      const int64_t run = claimed / num_chunks;
-      for (int spins = 0; done_chunks.load(std::memory_order_acquire) < run * num_chunks; ++spins)
+    for (int64_t i = 0; i < iterations; ++i) {
+      for (int spins = 0; done_chunks.load(std::memory_order_acquire) < i * num_chunks; ++spins)
         if (spins > 2000) std::this_thread::yield();
-      linears[run % linears.size()]->run_chunk(prepared.data(), num_tokens, epilogue, claimed % num_chunks,
-                                               scratch.data() + worker_idx * scratch_bytes);
-      done_chunks.fetch_add(1, std::memory_order_release);
+      const PackedLinear& linear = *linears[i % linears.size()];
+      for (ClaimedChunk claimed; claim_chunk(runs.data() + i * num_threads, num_threads, worker_idx, &claimed);) {
+        linear.run_chunk(prepared.data(), num_tokens, epilogue, claimed.chunk, claimed.run_end,
+                         scratch.data() + worker_idx * scratch_bytes);
+        done_chunks.fetch_add(1, std::memory_order_release);
+      }
     }
   };
   std::vector<std::thread> threads;

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/chunk_claims.h"
 #include "program/futex.h"
 
 namespace partita {
@@ -28,14 +29,15 @@ constexpr int kQueueSpins = 2048;
 
 constexpr uint32_t kFinished = 0xffffffffu;
 
-// A phase of a node, with the counters its workers share. Each counter has a cache line of its own.
+// A phase of a node, with the words its workers share, each in a cache line of its own.
 struct alignas(64) Stage {
   const Op* op = nullptr;
   int node = 0;
   int phase = 0;
   int64_t num_chunks = 0;
   bool begins_node = false;
-  alignas(64) std::atomic<int64_t> next_chunk{0};
+  ChunkRun* runs = nullptr;  // [num_runs] of the execution
+  int num_runs = 1;
   alignas(64) std::atomic<int64_t> num_done{0};
 };
 
@@ -76,11 +78,17 @@ class LaneExecution {
       : ticket(ticket), frame(std::move(frame)), first(first), last(last), is_traced(is_traced) {}
 
   // Sizes come from the frame, whose step is complete by now; done by the first worker that arrives.
-  void open() {
+  void open(int num_workers) {
     const auto& nodes = frame->program().nodes();
-    size_t num_stages = 0;
-    for (int node = first; node < last; ++node) num_stages += nodes[node].op->num_phases();
+    size_t num_stages = 0, num_runs = 0;
+    for (int node = first; node < last; ++node)
+      for (int phase = 0; phase < nodes[node].op->num_phases(); ++phase) {
+        ++num_stages;
+        num_runs += nodes[node].op->claims_in_runs(phase) ? num_workers : 1;
+      }
     stages = std::vector<Stage>(num_stages);
+    runs = std::vector<ChunkRun>(num_runs);
+    ChunkRun* next_runs = runs.data();
     size_t stage_idx = 0;
     for (int node = first; node < last; ++node)
       for (int phase = 0; phase < nodes[node].op->num_phases(); ++phase) {
@@ -90,6 +98,12 @@ class LaneExecution {
         stage.phase = phase;
         stage.begins_node = phase == 0;
         stage.num_chunks = stage.op->num_chunks(*frame, phase);
+        PARTITA_CHECK(stage.num_chunks <= kMaxChunks, nodes[node].name, ": got ", stage.num_chunks,
+                      " chunks, wanted at most ", kMaxChunks);
+        stage.num_runs = stage.op->claims_in_runs(phase) ? num_workers : 1;
+        stage.runs = next_runs;
+        next_runs += stage.num_runs;
+        open_runs(stage.runs, stage.num_runs, stage.num_chunks);
       }
     start_ns = monotonic_ns();
     if (is_traced) spans.reserve(last - first);
@@ -136,6 +150,7 @@ class LaneExecution {
   const int first, last;
   const bool is_traced;
   std::vector<Stage> stages;
+  std::vector<ChunkRun> runs;
   std::once_flag opened;
   std::atomic<uint32_t> open_stage{kFinished - 1};  // index of the stage whose chunks may be claimed
   std::atomic<int> num_sleepers{0};
@@ -156,7 +171,7 @@ Lane::Lane(int lane_idx, std::vector<int> cores, int num_workers, std::shared_pt
   for (int core : cores_)
     PARTITA_CHECK(core >= 0 && core < CPU_SETSIZE, "cores: got ", core, ", wanted 0 to ", CPU_SETSIZE - 1);
   for (int worker_idx = 0; worker_idx < num_workers; ++worker_idx)
-    workers_.emplace_back([this, worker_idx] { work(worker_idx); });
+    workers_.emplace_back([this, worker_idx, num_workers] { work(worker_idx, num_workers); });
 }
 
 Lane::~Lane() {
@@ -204,7 +219,7 @@ std::shared_ptr<LaneExecution> Lane::execution_after(uint64_t sequence) {
   return nullptr;
 }
 
-void Lane::work(int worker_idx) {
+void Lane::work(int worker_idx, int num_workers) {
   if (!cores_.empty()) {
     cpu_set_t mask;
     CPU_ZERO(&mask);
@@ -215,6 +230,7 @@ void Lane::work(int worker_idx) {
 
   Worker worker;
   worker.worker_idx = worker_idx;
+  worker.num_workers = num_workers;
   uint64_t last_ticket = 0;
   for (;;) {
     // Wait for the next range.
@@ -256,17 +272,18 @@ void Lane::work(int worker_idx) {
     };
 
     std::call_once(execution->opened, [&] {
-      execution->open();
+      execution->open(worker.num_workers);
       if (execution->advance(-1)) finish();
     });
 
     uint32_t stage_idx = execution->open_stage.load(std::memory_order_acquire);
     while (stage_idx != kFinished) {
       Stage& stage = execution->stages[stage_idx];
-      for (int64_t chunk; (chunk = stage.next_chunk.fetch_add(1, std::memory_order_relaxed)) < stage.num_chunks;) {
+      for (ClaimedChunk claimed; claim_chunk(stage.runs, stage.num_runs, worker_idx, &claimed);) {
+        worker.run_end = claimed.run_end;
         try {
           if (!execution->has_failed.load(std::memory_order_relaxed))
-            stage.op->run_chunk(*execution->frame, stage.phase, chunk, worker, &stage);
+            stage.op->run_chunk(*execution->frame, stage.phase, claimed.chunk, worker, &stage);
         } catch (const std::exception& error) {
           const std::lock_guard<std::mutex> lock(execution->error_mutex);
           if (execution->error.empty())

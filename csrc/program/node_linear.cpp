@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/chunk_claims.h"
 #include "program/frame.h"
 
 namespace partita {
@@ -76,8 +77,13 @@ void LinearOp::run_chunk(Frame& frame, int phase, int64_t chunk, Worker& worker,
   const PackedLinear& weights = *node_.weights;
   const int64_t rows = num_rows(frame.shape());
   const int64_t stride = static_cast<int64_t>(weights.prepared_row_bytes());
+  const bool is_gated = node_.gate != GateActivation::kNone;
   std::byte* prepared = frame.buffer(node_.prepared);
   if (phase == 0) {
+    // Its first weights travel while this worker prepares rows.
+    const int64_t num_chunks = weights.num_chunks(rows, is_gated);
+    if (chunk < worker.num_workers)
+      weights.prefetch_chunk(rows, is_gated, run_begin(num_chunks, worker.num_workers, worker.worker_idx));
     const int64_t first = chunk * kRowsPerPrepareChunk;
     prepare_rows(frame, first, std::min(first + kRowsPerPrepareChunk, rows), prepared, stride);
     return;
@@ -86,6 +92,7 @@ void LinearOp::run_chunk(Frame& frame, int phase, int64_t chunk, Worker& worker,
     if (worker.private_rows_owner != stage) {
       if (worker.private_rows.bytes() < static_cast<size_t>(rows * stride))
         worker.private_rows = AlignedBuffer(rows * stride);
+      weights.prefetch_chunk(rows, is_gated, chunk);
       prepare_rows(frame, 0, rows, worker.private_rows.data(), stride);
       worker.private_rows_owner = stage;
     }
@@ -97,8 +104,8 @@ void LinearOp::run_chunk(Frame& frame, int phase, int64_t chunk, Worker& worker,
   epilogue.bias = node_.bias.empty() ? nullptr : node_.bias.data();
   epilogue.add_to_out = node_.add_to_output;
   epilogue.gate = node_.gate;
-  const bool is_gated = node_.gate != GateActivation::kNone;
-  weights.run_chunk(prepared, rows, epilogue, chunk, worker.scratch_of(weights.scratch_bytes(rows, is_gated)));
+  weights.run_chunk(prepared, rows, epilogue, chunk, worker.run_end,
+                    worker.scratch_of(weights.scratch_bytes(rows, is_gated)));
 }
 
 }  // namespace partita

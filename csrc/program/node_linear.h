@@ -33,6 +33,7 @@ class LinearOp final : public Op {
   NodeCost cost(const StepShape& shape) const override;
   int num_phases() const override { return 2; }
   int64_t num_chunks(const Frame& frame, int phase) const override;
+  bool claims_in_runs(int phase) const override { return phase == 1; }
   void run_chunk(Frame& frame, int phase, int64_t chunk, Worker& worker, const void* stage) const override;
 
  private:

@@ -31,6 +31,8 @@ struct NodeCost {
 // One thread of a lane: memory of its own, reused by every op it runs.
 struct Worker {
   int worker_idx = 0;
+  int num_workers = 1;                       // of its lane
+  int64_t run_end = 0;                       // of the chunk in hand: see ClaimedChunk
   AlignedBuffer scratch;                     // at least Op::scratch_bytes
   AlignedBuffer private_rows;                // inputs this worker prepared for itself (few-token linears)
   const void* private_rows_owner = nullptr;  // the stage they were prepared for
@@ -54,6 +56,9 @@ class Op {
   // Phases of one node follow each other; chunks of one phase run in any order on any worker.
   virtual int num_phases() const { return 1; }
   virtual int64_t num_chunks(const Frame& frame, int phase) const = 0;
+  // Neighbouring chunks read neighbouring memory: each worker begins with a run of them of its own. Otherwise all
+  // workers take the lowest chunk left, which suits chunks sorted by cost.
+  virtual bool claims_in_runs(int phase) const { return static_cast<void>(phase), false; }
   virtual void run_chunk(Frame& frame, int phase, int64_t chunk, Worker& worker, const void* stage) const = 0;
 };
 

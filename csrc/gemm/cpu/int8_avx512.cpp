@@ -15,9 +15,9 @@
 namespace partita {
 namespace {
 
-constexpr int kMaxPackedTokens = 8;   // read straight from packed tiles, unpacked in registers
-constexpr int kPrefetchBytes = 5120;  // 1, 2.5 and 5 KB gave 21, 23.5 and 25 GB/s on one thread, none 19
-constexpr int kTileTokens = 6;        // x 2 tiles of rows: 12 int32 + 12 fp32 accumulators
+constexpr int kMaxPackedTokens = 8;        // read straight from packed tiles, unpacked in registers
+constexpr int kPrefetchBytes = 24 * 1024;  // into L2: see README
+constexpr int kTileTokens = 6;             // x 2 tiles of rows: 12 int32 + 12 fp32 accumulators
 constexpr int kBlockGroups = 18;  // K block of unpacked weights: 23 KB, so that it stays in L1 beside the activations
 
 struct Parameters {
@@ -72,76 +72,98 @@ Parameters load_parameters(const TileLayout& layout, const std::byte* tile, int6
   return parameters;
 }
 
-// The eight registers of codes of one group.
+// The codes of inputs [4j, 4j + 4) of a group. Two neighbouring j share a line of nibbles.
 template <WeightFormat F>
-inline __attribute__((always_inline)) void load_codes(const std::byte* tile, int64_t group, __m512i* codes) {
-  if constexpr (is_nibble(F)) {
-    const __m512i mask = _mm512_set1_epi8(0x0f);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const __m512i packed = load_line(tile + group * 256 + i * 64);
-      codes[2 * i] = _mm512_and_si512(packed, mask);
-      codes[2 * i + 1] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);
-    }
-  } else {
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) codes[i] = load_line(tile + group * 512 + i * 64);
-  }
+inline __attribute__((always_inline)) __m512i load_codes(const std::byte* tile, int64_t group, int j) {
+  if constexpr (!is_nibble(F)) return load_line(tile + group * 512 + j * 64);
+  const __m512i packed = load_line(tile + group * 256 + j / 2 * 64);
+  return _mm512_and_si512(j % 2 ? _mm512_srli_epi16(packed, 4) : packed, _mm512_set1_epi8(0x0f));
 }
 
-// Few tokens: one pass over a packed tile as it lies in memory.
-template <WeightFormat F, int T>
-void dot_packed_tile(const TileLayout& layout, const std::byte* tile, const std::byte* run_end,
-                     const std::byte* prepared, int64_t row_bytes, float* sums, int64_t sums_stride) {
+// Few tokens: one pass over R packed tiles as they lie in memory. Two tiles share each broadcast of an activation and
+// give the dots twice as many sums to wait for.
+template <WeightFormat F, int R, int T>
+void dot_packed_tiles(const TileLayout& layout, const std::byte* tiles, const std::byte* prefetch_end,
+                      const std::byte* prepared, int64_t row_bytes, float* sums, int64_t sums_stride) {
   constexpr int kHalves = num_halves(F);
   constexpr int kSteps = 8 / kHalves;
-  constexpr int kSums = T <= 2 ? 2 : 1;
-  __m512 acc[T];
+  constexpr int kSums = R * T <= 2 ? 2 : 1;
+  // A tile is one stream of kLines lines per group, parameters included, and so is the run of tiles.
+  constexpr int kLines = is_nibble(F) ? 5 : 9;
+  // From R * T = 14 on the registers hold the dots alone and the sums stay in L1.
+  constexpr bool kSumsInMemory = R * T >= 14;
+  __m512 acc[T][R];
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) acc[t] = _mm512_setzero_ps();
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      acc[t][r] = _mm512_setzero_ps();
+      if constexpr (kSumsInMemory) _mm512_storeu_ps(sums + t * sums_stride + r * kTileRows, acc[t][r]);
+    }
   const int64_t num_groups = layout.num_groups;
   for (int64_t g = 0; g < num_groups; ++g) {
-    __m512i codes[8];
-    load_codes<F>(tile, g, codes);
-    // A tile is one stream of kLines lines per group, parameters included, and so is the run of tiles.
-    constexpr int kLines = is_nibble(F) ? 5 : 9;
-    // Behind its end lies another worker's run: prefetched here it would cross the memory bus twice.
-    const std::byte* next = tile + g * kLines * 64 + kPrefetchBytes;
-    const std::byte* last = run_end - kLines * 64;
-    const auto* ahead = reinterpret_cast<const char*>(next < last ? next : last);
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      const std::byte* next = tiles + r * layout.tile_bytes + g * kLines * 64 + kPrefetchBytes;
+      // Behind the end lies another worker's run: prefetched here it would cross the memory bus twice.
+      const std::byte* last = prefetch_end - kLines * 64;
+      const auto* ahead = reinterpret_cast<const char*>(next < last ? next : last);
 #pragma GCC unroll 9
-    for (int i = 0; i < kLines; ++i) _mm_prefetch(ahead + i * 64, _MM_HINT_T0);
-    const Parameters parameters = load_parameters<F>(layout, tile, g);
+      for (int i = 0; i < kLines; ++i) _mm_prefetch(ahead + i * 64, _MM_HINT_T1);
+    }
+    Parameters parameters[R];
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) parameters[r] = load_parameters<F>(layout, tiles + r * layout.tile_bytes, g);
     const std::byte* group = prepared + g * sizeof(ActivationGroup);
 #pragma GCC unroll 2
     for (int h = 0; h < kHalves; ++h) {
       // Neighbouring instructions belong to different sums: a token's own eight dots in a row, at 5 cycles each, fill
-      // the scheduler (M = 8 ran at 79 % of this). Up to two tokens have two sums each.
-      __m512i dot[kSums][T];
+      // the scheduler (M = 8 ran at 79 % of this). A lone token has two sums for each tile.
+      __m512i dot[kSums][T][R];
 #pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) {
-        dot[0][t] =
-            has_min(F) ? _mm512_setzero_si512() : broadcast_i32(group + t * row_bytes + start_offset(F) + 4 * h);
-        if constexpr (kSums == 2) dot[1][t] = _mm512_setzero_si512();
+      for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) {
+          dot[0][t][r] =
+              has_min(F) ? _mm512_setzero_si512() : broadcast_i32(group + t * row_bytes + start_offset(F) + 4 * h);
+          if constexpr (kSums == 2) dot[1][t][r] = _mm512_setzero_si512();
+        }
+#pragma GCC unroll 8
+      for (int j = h * kSteps; j < (h + 1) * kSteps; ++j) {
+        __m512i codes[R];
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) codes[r] = load_codes<F>(tiles + r * layout.tile_bytes, g, j);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+          const __m512i activation = broadcast_i32(group + t * row_bytes + 4 * j);
+#pragma GCC unroll 2
+          for (int r = 0; r < R; ++r)
+            dot[j % kSums][t][r] = _mm512_dpbusd_epi32(dot[j % kSums][t][r], codes[r], activation);
+        }
       }
-#pragma GCC unroll 8
-      for (int j = h * kSteps; j < (h + 1) * kSteps; ++j)
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t)
-          dot[j % kSums][t] =
-              _mm512_dpbusd_epi32(dot[j % kSums][t], codes[j], broadcast_i32(group + t * row_bytes + 4 * j));
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         const auto* record = reinterpret_cast<const ActivationGroup*>(group + t * row_bytes);
-        const __m512i sum = kSums == 2 ? _mm512_add_epi32(dot[0][t], dot[kSums - 1][t]) : dot[0][t];
-        const __m512 scale = _mm512_mul_ps(parameters.scale[h], broadcast_f32(&record->scale));
-        acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc[t]);
-        if constexpr (has_min(F)) acc[t] = _mm512_fmadd_ps(parameters.min, broadcast_f32(&record->scaled_sum), acc[t]);
+        const __m512 activation_scale = broadcast_f32(&record->scale);
+        const __m512 scaled_sum = broadcast_f32(&record->scaled_sum);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) {
+          float* in_memory = sums + t * sums_stride + r * kTileRows;
+          if constexpr (kSumsInMemory) acc[t][r] = _mm512_loadu_ps(in_memory);
+          const __m512i sum = kSums == 2 ? _mm512_add_epi32(dot[0][t][r], dot[kSums - 1][t][r]) : dot[0][t][r];
+          const __m512 scale = _mm512_mul_ps(parameters[r].scale[h], activation_scale);
+          acc[t][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc[t][r]);
+          if constexpr (has_min(F)) acc[t][r] = _mm512_fmadd_ps(parameters[r].min, scaled_sum, acc[t][r]);
+          if constexpr (kSumsInMemory) _mm512_storeu_ps(in_memory, acc[t][r]);
+        }
       }
     }
   }
+  if constexpr (kSumsInMemory) return;
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) _mm512_storeu_ps(sums + t * sums_stride, acc[t]);
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) _mm512_storeu_ps(sums + t * sums_stride + r * kTileRows, acc[t][r]);
 }
 
 // An unpacked group of R tiles: [8][R] lines of u8 codes, [halves][R][16] fp32 scales, [R][16] fp32 mins.
@@ -157,10 +179,8 @@ void unpack_groups(const TileLayout& layout, const std::byte* tiles, int64_t fir
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
       const std::byte* tile = tiles + r * layout.tile_bytes;
-      __m512i codes[8];
-      load_codes<F>(tile, g, codes);
 #pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j) _mm512_store_si512(unpacked + (j * R + r) * 64, codes[j]);
+      for (int j = 0; j < 8; ++j) _mm512_store_si512(unpacked + (j * R + r) * 64, load_codes<F>(tile, g, j));
       const Parameters parameters = load_parameters<F>(layout, tile, g);
       auto* floats = reinterpret_cast<float*>(unpacked + 512 * R);
       constexpr int kHalves = num_halves(F);
@@ -233,18 +253,15 @@ void dot_unpacked(const std::byte* unpacked, int64_t num_groups, const std::byte
     for (int r = 0; r < R; ++r) _mm512_storeu_ps(sums + t * sums_stride + r * 16, acc[t][r]);
 }
 
-template <WeightFormat F>
-void multiply_few_tokens(const TileProduct& p) {
+template <WeightFormat F, int R>
+void multiply_packed(const TileProduct& p, int64_t first_tile) {
   using Dot =
       void (*)(const TileLayout&, const std::byte*, const std::byte*, const std::byte*, int64_t, float*, int64_t);
-  static constexpr Dot kDots[kMaxPackedTokens] = {dot_packed_tile<F, 1>, dot_packed_tile<F, 2>, dot_packed_tile<F, 3>,
-                                                  dot_packed_tile<F, 4>, dot_packed_tile<F, 5>, dot_packed_tile<F, 6>,
-                                                  dot_packed_tile<F, 7>, dot_packed_tile<F, 8>};
-  const Dot dot = kDots[p.num_tokens - 1];
-  const std::byte* run_end = p.tiles + p.num_tiles * p.layout->tile_bytes;
-  for (int64_t i = 0; i < p.num_tiles; ++i)
-    dot(*p.layout, p.tiles + i * p.layout->tile_bytes, run_end, p.prepared, p.prepared_row_bytes,
-        p.sums + i * kTileRows, p.sums_stride);
+  static constexpr Dot kDots[kMaxPackedTokens] = {
+      dot_packed_tiles<F, R, 1>, dot_packed_tiles<F, R, 2>, dot_packed_tiles<F, R, 3>, dot_packed_tiles<F, R, 4>,
+      dot_packed_tiles<F, R, 5>, dot_packed_tiles<F, R, 6>, dot_packed_tiles<F, R, 7>, dot_packed_tiles<F, R, 8>};
+  kDots[p.num_tokens - 1](*p.layout, p.tiles + first_tile * p.layout->tile_bytes, p.prefetch_end, p.prepared,
+                          p.prepared_row_bytes, p.sums + first_tile * kTileRows, p.sums_stride);
 }
 
 template <WeightFormat F, int R>
@@ -256,6 +273,11 @@ void multiply_unpacked(const TileProduct& p, int64_t first_tile) {
   const TileLayout& layout = *p.layout;
   const int64_t num_blocks = (layout.num_groups + kBlockGroups - 1) / kBlockGroups;
   const int64_t num_token_tiles = (p.num_tokens + kTileTokens - 1) / kTileTokens;
+  // While these tiles are computed the next ones travel to L2, a few lines with each token tile.
+  const std::byte* next = p.tiles + (first_tile + R) * layout.tile_bytes;
+  const int64_t next_bytes = p.prefetch_end > next ? p.prefetch_end - next : 0;
+  const int64_t num_lines = (next_bytes < R * layout.tile_bytes ? next_bytes : R * layout.tile_bytes) / 64;
+  int64_t line = 0, step = 0;
   for (int64_t block = 0; block < num_blocks; ++block) {
     const int64_t first_group = layout.num_groups * block / num_blocks;
     const int64_t num_groups = layout.num_groups * (block + 1) / num_blocks - first_group;
@@ -263,6 +285,8 @@ void multiply_unpacked(const TileProduct& p, int64_t first_tile) {
     for (int64_t i = 0; i < num_token_tiles; ++i) {
       const int64_t token = p.num_tokens * i / num_token_tiles;
       const int64_t tile_tokens = p.num_tokens * (i + 1) / num_token_tiles - token;
+      for (const int64_t end = num_lines * ++step / (num_blocks * num_token_tiles); line < end; ++line)
+        _mm_prefetch(reinterpret_cast<const char*>(next + line * 64), _MM_HINT_T1);
       kDots[tile_tokens - 1](
           p.scratch, num_groups, p.prepared + token * p.prepared_row_bytes + first_group * sizeof(ActivationGroup),
           p.prepared_row_bytes, p.sums + token * p.sums_stride + first_tile * kTileRows, p.sums_stride, block == 0);
@@ -272,10 +296,10 @@ void multiply_unpacked(const TileProduct& p, int64_t first_tile) {
 
 template <WeightFormat F>
 void multiply(const TileProduct& p) {
-  if (p.num_tokens <= kMaxPackedTokens) return multiply_few_tokens<F>(p);
+  const bool is_few = p.num_tokens <= kMaxPackedTokens;
   int64_t tile = 0;
-  for (; tile + 2 <= p.num_tiles; tile += 2) multiply_unpacked<F, 2>(p, tile);
-  if (tile < p.num_tiles) multiply_unpacked<F, 1>(p, tile);
+  for (; tile + 2 <= p.num_tiles; tile += 2) (is_few ? multiply_packed<F, 2> : multiply_unpacked<F, 2>)(p, tile);
+  if (tile < p.num_tiles) (is_few ? multiply_packed<F, 1> : multiply_unpacked<F, 1>)(p, tile);
 }
 
 }  // namespace
