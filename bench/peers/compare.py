@@ -179,13 +179,16 @@ def run_in_turn(
 def print_table(columns: list[str], rows: dict[str, dict[str, float]], limit: dict[str, float]) -> None:
     """Markdown; a row an engine, a cell `tokens a second, share of the limit`."""
 
+    def figure(value: float) -> str:
+        return f"{value:.0f}" if value >= 20 else f"{value:.1f}"
+
     def cell(column: str, value: float | None) -> str:
-        return f"{value:.0f} ({value / limit[column]:.0%})" if value else "-"
+        return f"{figure(value)} ({value / limit[column]:.0%})" if value else "-"
 
     header = ["tok/s (share of the limit)", *(WORKLOADS[column].title for column in columns)]
     lines = [header, ["---"] * len(header)]
     lines += [[ENGINES[name], *(cell(column, row.get(column)) for column in columns)] for name, row in rows.items()]
-    lines.append(["limit of this machine", *(f"{limit[column]:.0f}" for column in columns)])
+    lines.append(["limit of this machine", *(figure(limit[column]) for column in columns)])
     peers = {name: row for name, row in rows.items() if name != "partita"}
     if "partita" in rows and peers:
         ratios = []
