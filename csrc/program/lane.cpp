@@ -156,7 +156,7 @@ Lane::Lane(int lane_idx, std::vector<int> cores, int num_workers, std::shared_pt
   for (int core : cores_)
     PARTITA_CHECK(core >= 0 && core < CPU_SETSIZE, "cores: got ", core, ", wanted 0 to ", CPU_SETSIZE - 1);
   for (int worker_idx = 0; worker_idx < num_workers; ++worker_idx)
-    workers_.emplace_back([this, worker_idx] { work(worker_idx); });
+    workers_.emplace_back([this, worker_idx, num_workers] { work(worker_idx, num_workers); });
 }
 
 Lane::~Lane() {
@@ -204,7 +204,7 @@ std::shared_ptr<LaneExecution> Lane::execution_after(uint64_t sequence) {
   return nullptr;
 }
 
-void Lane::work(int worker_idx) {
+void Lane::work(int worker_idx, int num_workers) {
   if (!cores_.empty()) {
     cpu_set_t mask;
     CPU_ZERO(&mask);
@@ -215,6 +215,7 @@ void Lane::work(int worker_idx) {
 
   Worker worker;
   worker.worker_idx = worker_idx;
+  worker.num_workers = num_workers;
   uint64_t last_ticket = 0;
   for (;;) {
     // Wait for the next range.

@@ -77,7 +77,7 @@ class Lane {
   void set_tracing(bool on) { is_tracing_.store(on); }
 
  private:
-  void work(int worker_idx);
+  void work(int worker_idx, int num_workers);
   std::shared_ptr<LaneExecution> execution_after(uint64_t sequence);
 
   int lane_idx_;

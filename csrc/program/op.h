@@ -31,6 +31,7 @@ struct NodeCost {
 // One thread of a lane: memory of its own, reused by every op it runs.
 struct Worker {
   int worker_idx = 0;
+  int num_workers = 1;                       // of its lane
   AlignedBuffer scratch;                     // at least Op::scratch_bytes
   AlignedBuffer private_rows;                // inputs this worker prepared for itself (few-token linears)
   const void* private_rows_owner = nullptr;  // the stage they were prepared for
