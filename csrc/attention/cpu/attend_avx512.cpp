@@ -83,6 +83,21 @@ struct Avx512Tile {
     return stream.codec == KvCodec::kBF16 && task.num_rows <= kRowBlock;
   }
 
+  // A turn takes 15 to 20 cycles; the fp32 loops that many row blocks share have none.
+  static int turns_per_tile(const AttendTask& task) {
+    const int head_dim = task.head_dim;
+    const int column_blocks = partial_pitch(head_dim) / kColumnBlock;
+    int turns = static_cast<int>(task.k.row_bytes) / 16 * kTileGroups;
+    if (keeps_codes(task, task.k)) {
+      turns += head_dim / 4;
+    } else if (keeps_pairs(task, task.k)) {
+      turns += head_dim / 2;
+    }
+    if (!keeps_codes(task, task.v)) return turns + kKvTileTokens / 2 * (keeps_pairs(task, task.v) ? column_blocks : 1);
+    const int quads = kKvTileTokens / 4;
+    return turns + (task.v.codec == KvCodec::kInt8 ? 2 * quads : quads + quads / 2) * column_blocks;
+  }
+
   static void rotate(float* x, int head_dim) {
     int size = 1;
     while (size < 256 && head_dim % (size * 2) == 0) size *= 2;
@@ -144,18 +159,18 @@ struct Avx512Tile {
   }
 
   static void load_tile(const AttendTask& task, const Scratch& s, const TokenGroup* groups, int num_groups) {
-    const bool asks = task.num_rows <= kRowBlock;
-    const size_t k_bytes = task.k.row_bytes * kGroupTokens, v_bytes = task.v.row_bytes * kGroupTokens;
     for (int g = 0; g < num_groups; ++g) {
-      if (keeps_pairs(task, task.k)) {
+      if (keeps_codes(task, task.k)) {
+        load_k_codes(task, s, groups[g], g);
+      } else if (keeps_pairs(task, task.k)) {
         load_k_pairs(task, s, groups[g], g);
       } else {
-        if (asks) ask_ahead(*s.ahead, s.ahead->k, g, 0, k_bytes);
-        (keeps_codes(task, task.k) ? load_k_codes : load_k_fp32)(task, s, groups[g], g);
+        load_k_fp32(task, s, groups[g], g);
       }
-      if (!keeps_pairs(task, task.v)) {
-        if (asks) ask_ahead(*s.ahead, s.ahead->v, g, 0, v_bytes);
-        (keeps_codes(task, task.v) ? load_v_codes : load_v_fp32)(task, s, groups[g], g);
+      if (keeps_codes(task, task.v)) {
+        load_v_codes(task, s, groups[g], g);
+      } else if (!keeps_pairs(task, task.v)) {
+        load_v_fp32(task, s, groups[g], g);
       }
     }
     // softmax_rows multiplies these by p = 0, so they must be finite.
@@ -191,6 +206,7 @@ struct Avx512Tile {
       for (int n = 0; n < N; ++n) acc[r][n] = Floats{};
     const auto* k = reinterpret_cast<const int32_t*>(s.k);
     for (int d = 0; d < head_dim; d += 2, k += kKvTileTokens) {
+      s.ahead->turn();
       __m512i pairs[N];
       __m512 keys[N];
       for (int n = 0; n < N; ++n) pairs[n] = _mm512_load_si512(k + n * kLanes);
@@ -219,7 +235,7 @@ struct Avx512Tile {
   }
 
   // Rows [first, first + R) of the block.
-  template <int R>
+  template <int R, bool kAsks>
   static void score_codes(const Scratch& s, int head_dim, int row, int first) {
     Sums high[R][kTileVecs], low[R][kTileVecs];
     for (int r = 0; r < R; ++r)
@@ -228,6 +244,7 @@ struct Avx512Tile {
     const int8_t* q_high = s.q_high + static_cast<size_t>(row + first) * head_dim;
     const int8_t* q_low = s.q_low + static_cast<size_t>(row + first) * head_dim;
     for (int d = 0; d < head_dim; d += 4, k += kKvTileTokens) {
+      if (kAsks) s.ahead->turn();
       __m512i keys[kTileVecs];
       for (int n = 0; n < kTileVecs; ++n) keys[n] = _mm512_load_si512(k + n * kLanes);
       for (int r = 0; r < R; ++r) {
@@ -368,9 +385,8 @@ struct Avx512Tile {
             _mm512_mul_ps(_mm512_load_ps(o + static_cast<size_t>(r) * pitch + n * kLanes), _mm512_set1_ps(s.alpha[r]));
     for (int g = 0; g < num_groups; ++g) {
       const std::byte* v = s.groups[g].v + 2 * column;
-      size_t ahead = 2 * static_cast<size_t>(column);
       for (int t = g * kGroupTokens; t < (g + 1) * kGroupTokens; ++t) {
-        ask_ahead(*s.ahead, s.ahead->v, g, ahead, ahead + 2 * N * kLanes);
+        if (t % 2 == 0) s.ahead->turn();
         __m512 values[N];
         for (int n = 0; n < N / 2; ++n) {
           const __m512i pairs = N > 2 ? _mm512_loadu_si512(v + 64 * n) : _mm512_maskz_loadu_epi16(tail, v);
@@ -382,14 +398,13 @@ struct Avx512Tile {
           for (int n = 0; n < N; ++n) acc[r][n] = _mm512_fmadd_ps(p, values[n], acc[r][n]);
         }
         v += task.v.row_bytes;
-        ahead += task.v.row_bytes;
       }
     }
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < N; ++n) _mm512_store_ps(o + static_cast<size_t>(r) * pitch + n * kLanes, acc[r][n]);
   }
 
-  template <int R>
+  template <int R, bool kAsks>
   static void accumulate_codes(const Scratch& s, int row, int first, int pitch, int num_tokens) {
     constexpr int kVecs = kColumnBlock / kLanes;
     for (int column = 0; column < pitch; column += kColumnBlock) {
@@ -398,6 +413,7 @@ struct Avx512Tile {
         for (int n = 0; n < kVecs; ++n) high[r][n] = low[r][n] = Sums{};
       const auto* v = reinterpret_cast<const int32_t*>(s.v) + column;
       for (int t = 0; t < num_tokens; t += 4, v += pitch) {
+        if (kAsks) s.ahead->turn();
         __m512i values[kVecs];
         for (int n = 0; n < kVecs; ++n) values[n] = _mm512_load_si512(v + n * kLanes);
         for (int r = 0; r < R; ++r) {
@@ -429,9 +445,10 @@ struct Avx512Tile {
     const int pitch = partial_pitch(head_dim);
     const int num_tokens = num_groups * kGroupTokens;
     const bool v_codes = keeps_codes(task, task.v);
+    const bool asks = task.num_rows <= kRowBlock;  // else between the row blocks
     if (keeps_codes(task, task.k)) {
-      score_codes<kFirst>(s, head_dim, row, 0);
-      if constexpr (kSecond > 0) score_codes<kSecond>(s, head_dim, row, kFirst);
+      (asks ? score_codes<kFirst, true> : score_codes<kFirst, false>)(s, head_dim, row, 0);
+      if constexpr (kSecond > 0) score_codes<kSecond, false>(s, head_dim, row, kFirst);
     } else if (keeps_pairs(task, task.k)) {
       const float* q = s.q + static_cast<size_t>(row) * head_dim;
       (num_groups > 2 ? score_pairs<R, kTileVecs> : score_pairs<R, 2>)(s, head_dim, q);
@@ -447,8 +464,8 @@ struct Avx512Tile {
     }
     int column = 0;
     if (v_codes) {
-      accumulate_codes<kFirst>(s, row, 0, pitch, num_tokens);
-      if constexpr (kSecond > 0) accumulate_codes<kSecond>(s, row, kFirst, pitch, num_tokens);
+      (asks ? accumulate_codes<kFirst, true> : accumulate_codes<kFirst, false>)(s, row, 0, pitch, num_tokens);
+      if constexpr (kSecond > 0) accumulate_codes<kSecond, false>(s, row, kFirst, pitch, num_tokens);
     } else if (keeps_pairs(task, task.v)) {
       for (; column + kColumnBlock <= head_dim; column += kColumnBlock)
         accumulate_pages<R, kVecs>(task, s, column, num_groups);

@@ -3,10 +3,10 @@
 // arithmetic:
 //
 //   Isa::kRowBlock                        query rows that share a pass over a tile
-//   Isa::kAsksAhead                       whether tiles are fetched fast enough to ask memory for the next one
+//   Isa::kAsksAhead                       whether a tile is fetched so fast that memory should be asked for the next
+//   Isa::turns_per_tile(task)             how often the loops over a tile of one row block move s.ahead on
 //   Isa::pack_queries(task, s)            q -> the form that scores() reads
-//   Isa::load_tile(task, s, groups, n)    K and V of n 16-token groups -> scratch; a task of one row block asks for the
-//                                         tile ahead itself, here or in attend_block()
+//   Isa::load_tile(task, s, groups, n)    K and V of n 16-token groups -> scratch
 //   Isa::attend_block(task, s, row, num_rows, lows, highs, is_masked)
 //                                         scores, online softmax and P V of rows [row, row + num_rows) against the tile
 //   Isa::write_row(task, o, f, out)       out = o * f, elements in order
@@ -20,6 +20,7 @@
 #include <cstring>
 
 #include "attention/cpu/attend_kernel.h"
+#include "attention/cpu/kv_ahead.h"
 
 namespace partita {
 namespace {
@@ -63,14 +64,6 @@ struct TokenGroup {
   const uint16_t* v_params;
 };
 
-// The groups of the tile that this worker reads after the one in hand, perhaps of its next item.
-struct TileAhead {
-  const std::byte* k[kTileGroups];
-  const std::byte* v[kTileGroups];
-  int num_groups = 0;
-  int shares[kTileGroups + 1] = {};  // group g of the tile in hand asks for groups [shares[g], shares[g + 1])
-};
-
 // One worker's memory for one item.
 struct Scratch {
   float* q;                  // [rows, D] scaled queries (fp32 arithmetic)
@@ -99,7 +92,8 @@ struct Scratch {
   float* total_o;            // [rows, pitch]
   float* decoded;            // [16, 256]
   const TokenGroup* groups;  // of the tile in hand
-  const TileAhead* ahead;
+  const std::byte** lines;   // listed_lines(D), to be asked for
+  LinesAhead* ahead;
   std::byte* k_tail;  // copies of the last group's rows, zero past the last visible token
   std::byte* v_tail;
   uint16_t* k_tail_params;  // [16, 2]
@@ -150,6 +144,7 @@ size_t carve_scratch(int rows, int head_dim, std::byte* base, Scratch* s) {
   s->total_l = carver.take<float>(rows);
   s->total_o = carver.take<float>(static_cast<size_t>(rows) * pitch);
   s->decoded = carver.take<float>(kGroupTokens * 256);
+  s->lines = carver.take<const std::byte*>(listed_lines(head_dim));
   s->groups = nullptr;
   s->ahead = nullptr;
   s->k_tail = carver.take<std::byte>(kGroupTokens * 256 * sizeof(float) + 64);
@@ -164,10 +159,6 @@ size_t attend_scratch_bytes(int max_rows, int head_dim) {
   return carve_scratch(max_rows, head_dim, nullptr, &s);
 }
 
-inline bool has_params(KvCodec codec) {
-  return codec == KvCodec::kInt8 || codec == KvCodec::kInt4Rotated || codec == KvCodec::kInt4Plain;
-}
-
 // A group whose last tokens nobody here sees is copied, and zero past them: what lies in unwritten slots (NaN perhaps)
 // is never read.
 void copy_tail(const KvStream& stream, int num_tokens, const std::byte* codes, const uint16_t* params, std::byte* tail,
@@ -178,26 +169,6 @@ void copy_tail(const KvStream& stream, int num_tokens, const std::byte* codes, c
   if (!params) return;
   std::memcpy(tail_params, params, sizeof(uint16_t) * 2 * num_tokens);
   std::memset(tail_params + 2 * num_tokens, 0, sizeof(uint16_t) * 2 * (kGroupTokens - num_tokens));
-}
-
-inline int64_t visible_begin(const AttendTask& task) {
-  return task.window > 0 && task.first_position >= task.window ? task.first_position - task.window + 1 : 0;
-}
-inline int64_t visible_end(const AttendTask& task) { return task.first_position + task.num_rows / task.group; }
-// The positions that the task's splits cover, from the first tile's begin.
-inline int64_t walk_begin(const AttendTask& task) {
-  const int64_t split = int64_t{task.split_begin} * kKvSplitTokens;
-  const int64_t tile = visible_begin(task) / kKvTileTokens * kKvTileTokens;
-  return split > tile ? split : tile;
-}
-inline int64_t walk_end(const AttendTask& task) {
-  const int64_t split = int64_t{task.split_end} * kKvSplitTokens;
-  return split < visible_end(task) ? split : visible_end(task);
-}
-
-inline const std::byte* page_of(const AttendTask& task, int64_t position, size_t* slot) {
-  *slot = static_cast<size_t>(position) & (task.page_size - 1);  // a power of two
-  return task.arena + task.page_table[position >> __builtin_ctz(task.page_size)] * task.arena_page_bytes;
 }
 
 // Fills groups[] with the tile at absolute position `tile_start`, of which num_tokens are visible to someone.
@@ -222,41 +193,6 @@ int locate_tile(const AttendTask& task, const Scratch& s, int64_t tile_start, in
     }
   }
   return num_groups;
-}
-
-// Pages are scattered, so no hardware prefetcher sees the next tile coming: it is found here, one tile ahead, past the
-// end of the item too, and asked for in pieces spread over the work on this one. All at once would fill the line fill
-// buffers and stall until memory has answered (measured: a decode step twice as long). Asked for into L2: 14 GB/s on
-// one core, into L1 11 GB/s.
-void find_ahead(const AttendTask& task, int64_t tile_start, int64_t end, TileAhead* ahead) {
-  int g = 0;
-  for (int64_t position = tile_start; g < kTileGroups && position < end; ++g, position += kGroupTokens) {
-    size_t slot;
-    const std::byte* page = page_of(task, position, &slot);
-    ahead->k[g] = page + task.k.codes_offset + slot * task.k.row_bytes;
-    ahead->v[g] = page + task.v.codes_offset + slot * task.v.row_bytes;
-    if (has_params(task.k.codec)) __builtin_prefetch(page + task.k.params_offset + 4 * slot, 0, 2);
-    if (has_params(task.v.codec)) __builtin_prefetch(page + task.v.params_offset + 4 * slot, 0, 2);
-  }
-  ahead->num_groups = g;
-}
-
-inline void ask_lines(const std::byte* at, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
-}
-
-// Bytes [begin, end) of each K or V group ahead that falls to group g of the tile in hand.
-inline void ask_ahead(const TileAhead& ahead, const std::byte* const* groups, int g, size_t begin, size_t end) {
-  for (int a = ahead.shares[g]; a < ahead.shares[g + 1]; ++a) ask_lines(groups[a] + begin, end - begin);
-}
-
-// Part `part` of num_parts of the whole tile ahead.
-inline void ask_part(const AttendTask& task, const TileAhead& ahead, int part, int num_parts) {
-  const size_t k_bytes = task.k.row_bytes * kGroupTokens, v_bytes = task.v.row_bytes * kGroupTokens;
-  for (int g = 0; g < ahead.num_groups; ++g) {
-    ask_lines(ahead.k[g] + k_bytes * part / num_parts, k_bytes * (part + 1) / num_parts - k_bytes * part / num_parts);
-    ask_lines(ahead.v[g] + v_bytes * part / num_parts, v_bytes * (part + 1) / num_parts - v_bytes * part / num_parts);
-  }
 }
 
 void open_split(const AttendTask& task, const Scratch& s) {
@@ -347,6 +283,11 @@ void attend_task(const AttendTask& task, const AttendTask* next, std::byte* scra
   const int64_t begin = walk_begin(task), end = walk_end(task);
   const bool has_min = Isa::keeps_codes(task, task.v);
   const int num_blocks = (task.num_rows + Isa::kRowBlock - 1) / Isa::kRowBlock;
+  // Each tile asks for one tile: in the turns of its loops, or, where there is time between row blocks, there.
+  const int asked_in = num_blocks > 1 ? num_blocks : Isa::turns_per_tile(task);
+  const int asked_at_once = (tile_lines(task) + asked_in - 1) / asked_in;
+  LinesAhead ahead(task, next, asked_at_once, s.lines);
+  s.ahead = &ahead;
 
   for (int split = task.split_begin; split < task.split_end; ++split) {
     open_split(task, s);
@@ -355,25 +296,16 @@ void attend_task(const AttendTask& task, const AttendTask* next, std::byte* scra
     int64_t tile_start = split_start > begin ? split_start : begin;
     for (; tile_start < split_end; tile_start += kKvTileTokens) {
       TokenGroup groups[kTileGroups];
-      TileAhead ahead;
       s.groups = groups;
-      s.ahead = &ahead;
       const int64_t left = split_end - tile_start;
       const int num_visible = static_cast<int>(left < kKvTileTokens ? left : kKvTileTokens);
       const int num_groups = locate_tile(task, s, tile_start, num_visible, groups);
-      if (Isa::kAsksAhead) {
-        if (tile_start + kKvTileTokens < end) {
-          find_ahead(task, tile_start + kKvTileTokens, end, &ahead);
-        } else if (next) {
-          find_ahead(*next, walk_begin(*next), walk_end(*next), &ahead);
-        }
-        for (int g = 1; g <= num_groups; ++g) ahead.shares[g] = g * ahead.num_groups / num_groups;
-      }
+      if (Isa::kAsksAhead) ahead.list(tile_lines(task));
       Isa::load_tile(task, s, groups, num_groups);
       for (int block = 0; block < num_blocks; ++block) {
         const int row = block * Isa::kRowBlock;
         const int block_rows = task.num_rows - row < Isa::kRowBlock ? task.num_rows - row : Isa::kRowBlock;
-        if (Isa::kAsksAhead && num_blocks > 1) ask_part(task, ahead, block, num_blocks);
+        if (Isa::kAsksAhead && num_blocks > 1) ahead.ask(asked_at_once);
         int lows[kMaxRowBlock], highs[kMaxRowBlock];
         bool is_masked;
         if (see_tile(task, tile_start, row, block_rows, lows, highs, &is_masked))

@@ -51,6 +51,7 @@ struct Fp32Tile {
   static bool keeps_codes(const AttendTask&, const KvStream&) { return false; }
 
   static constexpr bool kAsksAhead = false;  // decoding a tile into fp32 takes longer than fetching it
+  static int turns_per_tile(const AttendTask&) { return 1; }
 
   static void rotate(float* x, int head_dim) { row_kernel().rotate(x, head_dim, rotation_size(head_dim)); }
 

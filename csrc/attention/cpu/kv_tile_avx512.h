@@ -68,6 +68,7 @@ void load_k_fp32(const AttendTask& task, const Scratch& s, const TokenGroup& gro
     min = _mm512_load_ps(s.k_min + g * kGroupTokens);
   }
   for (int byte = 0; byte < row_bytes; byte += 16) {
+    s.ahead->turn();
     __m512i words[4];
     transpose_16_rows(group.k + byte, task.k.row_bytes, words);
     for (int i = 0; i < 4; ++i) {
@@ -109,6 +110,7 @@ void load_k_codes(const AttendTask& task, const Scratch& s, const TokenGroup& gr
   const __m512i nibble = _mm512_set1_epi8(15);
   const bool is_byte = task.k.codec == KvCodec::kInt8;
   for (int byte = 0; byte < row_bytes; byte += 16) {
+    s.ahead->turn();
     __m512i words[4];
     transpose_16_rows(group.k + byte, task.k.row_bytes, words);
     for (int i = 0; i < 4; ++i) {
@@ -129,7 +131,7 @@ void load_k_pairs(const AttendTask& task, const Scratch& s, const TokenGroup& gr
   auto* out = reinterpret_cast<int32_t*>(s.k) + g * kGroupTokens;
   const int row_bytes = static_cast<int>(task.k.row_bytes);
   for (int byte = 0; byte < row_bytes; byte += 16) {
-    ask_ahead(*s.ahead, s.ahead->k, g, byte * kGroupTokens, (byte + 16) * kGroupTokens);
+    s.ahead->turn();
     __m512i words[4];
     transpose_16_rows(group.k + byte, task.k.row_bytes, words);
     for (int i = 0; i < 4; ++i, out += kKvTileTokens) _mm512_store_si512(out, words[i]);
@@ -147,6 +149,7 @@ void load_v_fp32(const AttendTask& task, const Scratch& s, const TokenGroup& gro
     float* out = s.v + static_cast<size_t>(g * kGroupTokens + t) * pitch;
     const __m512 scale = _mm512_set1_ps(s.v_scale[g * kGroupTokens + t]);
     const __m512 min = _mm512_set1_ps(s.v_min[g * kGroupTokens + t]);
+    if (t % 2 == 0) s.ahead->turn();
     for (int d = 0; d < head_dim; d += 32, out += 32) {
       const int left = head_dim - d < 32 ? head_dim - d : 32;
       const uint32_t mask32 = left == 32 ? 0xffffffffu : (1u << left) - 1;
@@ -214,6 +217,7 @@ void load_v_codes(const AttendTask& task, const Scratch& s, const TokenGroup& gr
     for (int quad = 0; quad < 4; ++quad) {
       const std::byte* rows = group.v + static_cast<size_t>(quad) * 4 * task.v.row_bytes;
       for (int d = 0; d < head_dim; d += 64) {
+        s.ahead->turn();
         const __mmask64 mask = head_dim - d < 64 ? (__mmask64{1} << (head_dim - d)) - 1 : ~__mmask64{0};
         __m512i r[4], out[4];
         for (int i = 0; i < 4; ++i) r[i] = _mm512_maskz_loadu_epi8(mask, rows + i * task.v.row_bytes + d);
@@ -227,6 +231,7 @@ void load_v_codes(const AttendTask& task, const Scratch& s, const TokenGroup& gr
   for (int quad = 0; quad < 4; quad += 2) {  // two quads side by side: a row of 64 codes is half a vector
     const std::byte* rows = group.v + static_cast<size_t>(quad) * 4 * task.v.row_bytes;
     for (int d = 0; d < head_dim; d += 64) {
+      s.ahead->turn();
       const __mmask32 mask = head_dim - d < 64 ? (__mmask32{1} << ((head_dim - d) / 2)) - 1 : ~__mmask32{0};
       __m512i r[4], u[4];
       for (int i = 0; i < 4; ++i) {
