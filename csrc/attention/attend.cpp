@@ -15,27 +15,10 @@ KvStream kv_stream(const KvGroupLayout& layout, KvCodec codec, size_t stream_off
           stream_offset + layout.params_offset(codec) + first_row * 2 * sizeof(uint16_t), row_bytes};
 }
 
-}  // namespace
-
-const AttendKernel& active_attend_kernel() {
-  switch (active_cpu_isa()) {
-    case CpuIsa::kAvx512:
-      return attend_kernel_avx512();
-    case CpuIsa::kAvx2:
-      return attend_kernel_avx2();
-    default:
-      return attend_kernel_portable();
-  }
-}
-
-void attend_run_chunk(const AttentionParams& params, const AttentionBatch& batch, const AttentionPlan& plan,
-                      int64_t chunk, std::byte* workspace, std::byte* scratch) {
+AttendTask make_task(const AttentionParams& params, const AttentionBatch& batch, const AttentionPlan::Item& item) {
   const KvGroupLayout& layout = *params.layout;
-  const AttentionPlan::Item& item = plan.item(chunk);
-  const AttendKernel& kernel = active_attend_kernel();
   const int group = params.num_q_heads / layout.num_kv_heads;
   const int64_t first_head = int64_t{item.kv_head} * group;
-
   AttendTask task;
   task.num_rows = (item.token_end - item.token_begin) * group;
   task.group = group;
@@ -58,16 +41,40 @@ void attend_run_chunk(const AttentionParams& params, const AttentionBatch& batch
   task.exact = params.exact;
   task.split_begin = item.split_begin;
   task.split_end = item.split_end;
+  task.partials = nullptr;
+  return task;
+}
+
+}  // namespace
+
+const AttendKernel& active_attend_kernel() {
+  switch (active_cpu_isa()) {
+    case CpuIsa::kAvx512:
+      return attend_kernel_avx512();
+    case CpuIsa::kAvx2:
+      return attend_kernel_avx2();
+    default:
+      return attend_kernel_portable();
+  }
+}
+
+void attend_run_chunk(const AttentionParams& params, const AttentionBatch& batch, const AttentionPlan& plan,
+                      int64_t chunk, int64_t next_chunk, std::byte* workspace, std::byte* scratch) {
+  const AttentionPlan::Item& item = plan.item(chunk);
+  const AttendKernel& kernel = active_attend_kernel();
+  AttendTask task = make_task(params, batch, item);
+  AttendTask next;
+  const bool has_next = next_chunk >= 0 && next_chunk < plan.num_chunks();
+  if (has_next) next = make_task(params, batch, plan.item(next_chunk));
   if (item.counter_idx < 0) {
-    task.partials = nullptr;
-    kernel.attend(task, scratch);
+    kernel.attend(task, has_next ? &next : nullptr, scratch);
     return;
   }
 
   auto* partials = reinterpret_cast<float*>(workspace + item.partials_offset);
   const size_t floats = partial_floats(task.num_rows, task.head_dim);
   task.partials = partials + floats * (item.split_begin - item.first_split);
-  kernel.attend(task, scratch);
+  kernel.attend(task, has_next ? &next : nullptr, scratch);
   auto* counter = reinterpret_cast<std::atomic<int32_t>*>(workspace + size_t{64} * item.counter_idx);
   if (counter->fetch_add(1, std::memory_order_acq_rel) + 1 < item.num_items) return;
   counter->store(0, std::memory_order_relaxed);

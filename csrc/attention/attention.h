@@ -125,8 +125,10 @@ class AttentionPlan {
 // The most that worker_scratch_bytes() can be.
 size_t max_attend_scratch_bytes(const KvGroupLayout& layout, int num_q_heads);
 
+// next_chunk: what this worker will probably run afterwards, whose first K and V are fetched towards the end of this
+// chunk. A wrong guess costs a little bandwidth; -1, or a number past the last chunk: nothing follows.
 void attend_run_chunk(const AttentionParams& params, const AttentionBatch& batch, const AttentionPlan& plan,
-                      int64_t chunk, std::byte* workspace, std::byte* scratch);
+                      int64_t chunk, int64_t next_chunk, std::byte* workspace, std::byte* scratch);
 
 // Rows to codes and back, as append writes them: rotated codecs rotate before encoding and rotate back after decoding.
 // x: [num_rows, D]   codes: [num_rows, kv_row_bytes]   params: [num_rows, 2] fp16 bits, unused by float codecs

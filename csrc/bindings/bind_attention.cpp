@@ -145,7 +145,8 @@ std::vector<double> attend_layers(py::object qkv_object, py::object out_object, 
     const auto begin = std::chrono::steady_clock::now();
     parallel_for(plan.num_chunks() * num_layers, num_threads, [&](int64_t index, int worker_idx) {
       const int64_t layer = index / plan.num_chunks();
-      attend_run_chunk(params[layer], arguments.batch, plan, index % plan.num_chunks(),
+      const int64_t chunk = index % plan.num_chunks();
+      attend_run_chunk(params[layer], arguments.batch, plan, chunk, chunk + num_threads,
                        workspaces.data() + workspace_bytes * layer, scratches.data() + scratch_bytes * worker_idx);
     });
     seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());

@@ -2,7 +2,7 @@
 //
 // A chunk is (token block, row range). Rows first inside a token block, so that the block's activations stay in
 // cache while the weights stream past. With few tokens a chunk is some 24 KB of packed weights, and a worker streams
-// through a run of neighbouring ones; with many, it is four tiles by up to 96 tokens.
+// through a run of neighbouring ones; with many, it is two tiles by up to 96 tokens.
 #include <algorithm>
 #include <cstring>
 
@@ -19,8 +19,8 @@ namespace partita {
 namespace {
 
 constexpr int64_t kDecodeChunkBytes = 24 * 1024;
-constexpr int64_t kMinChunks = 8;  // wanted, so that a few workers end together
-constexpr int64_t kPrefillChunkTiles = 4;
+constexpr int64_t kMinChunks = 16;  // wanted, so that a few workers end together
+constexpr int64_t kPrefillChunkTiles = 2;
 constexpr int64_t kFirstPrefetchBytes = 8 * 1024;  // of each stream of a chunk
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -72,6 +72,7 @@ class TiledLinear final : public PackedLinear {
   Region region(const Cut& cut, int64_t num_tokens, bool gated, int64_t chunk, int64_t run_end) const;
   const std::vector<Piece>& pieces(bool gated) const { return gated ? gated_pieces_ : pieces_; }
   Cut cut(int64_t num_tokens, bool gated) const;
+  Cut cut_anew(int64_t num_tokens, bool gated) const;
   void cut_gated_pieces();
   int segment_of(int64_t row) const;
   // Sums of the tiles that cover rows [begin, end); returns where row `begin` lies in them.
@@ -84,6 +85,7 @@ class TiledLinear final : public PackedLinear {
   size_t packed_bytes_ = 0;
   std::vector<Segment> segments_;
   std::vector<Piece> pieces_, gated_pieces_;
+  Cut decode_cut_{}, gated_decode_cut_{};  // of any number of tokens that is read in one pass
   int64_t total_tiles_ = 0;
 };
 
@@ -114,6 +116,8 @@ TiledLinear::TiledLinear(const std::vector<Weight>& weights, ActivationType acti
   }
   if (out_features % 2 == 0) cut_gated_pieces();
   packed_bytes_ = total_bytes;
+  decode_cut_ = cut_anew(1, false);
+  if (out_features % 2 == 0) gated_decode_cut_ = cut_anew(1, true);
   packed_ = allocate_packed_memory(packed_bytes_);
 
   // One job is a run of tiles of one segment, about 256 KB of them.
@@ -158,8 +162,16 @@ void TiledLinear::cut_gated_pieces() {
   }
 }
 
+// Asked for by every chunk, and a chunk of a decode step is half a microsecond: its divisions would show.
 TiledLinear::Cut TiledLinear::cut(int64_t num_tokens, bool gated) const {
   PARTITA_CHECK(!gated || out_features % 2 == 0, "gated: got ", out_features, " rows, wanted an even number");
+  if (num_tokens > kernels_->max_decode_tokens) return cut_anew(num_tokens, gated);
+  Cut cut = gated ? gated_decode_cut_ : decode_cut_;
+  cut.token_block = std::max<int64_t>(1, num_tokens);
+  return cut;
+}
+
+TiledLinear::Cut TiledLinear::cut_anew(int64_t num_tokens, bool gated) const {
   Cut cut;
   const int64_t num_blocks = std::max<int64_t>(1, ceil_div(num_tokens, kernels_->token_block));
   cut.token_block = std::max<int64_t>(1, ceil_div(num_tokens, num_blocks));
@@ -167,9 +179,9 @@ TiledLinear::Cut TiledLinear::cut(int64_t num_tokens, bool gated) const {
   if (num_tokens <= kernels_->max_decode_tokens)
     tiles = kDecodeChunkBytes * total_tiles_ / static_cast<int64_t>(packed_bytes_);
   if (gated) tiles /= 2;
-  tiles = std::max<int64_t>(2, tiles / 2 * 2);  // kernels take tiles in pairs
   const int64_t output_tiles = gated ? total_tiles_ / 2 : total_tiles_;
-  tiles = std::max<int64_t>(1, std::min(tiles, output_tiles * num_blocks / kMinChunks));
+  tiles = std::min(tiles, output_tiles * num_blocks / kMinChunks);
+  tiles = std::max<int64_t>(2, tiles / 2 * 2);  // kernels take tiles in pairs
   cut.chunk_rows = tiles * kTileRows;
   cut.row_chunks = 0;
   for (const Piece& piece : pieces(gated)) cut.row_chunks += ceil_div(piece.end - piece.begin, cut.chunk_rows);
@@ -213,12 +225,13 @@ const float* TiledLinear::multiply(int segment_idx, int64_t begin, int64_t end, 
 TiledLinear::Region TiledLinear::region(const Cut& c, int64_t num_tokens, bool gated, int64_t chunk,
                                         int64_t run_end) const {
   Region r;
-  r.first_token = chunk / c.row_chunks * c.token_block;
+  const int64_t block = chunk < c.row_chunks ? 0 : chunk / c.row_chunks;
+  r.first_token = block * c.token_block;
   r.num_tokens = std::min(c.token_block, num_tokens - r.first_token);
-  int64_t row_chunk = chunk % c.row_chunks;
+  int64_t row_chunk = chunk - block * c.row_chunks;
   r.piece = pieces(gated).data();
-  for (int64_t count; row_chunk >= (count = ceil_div(r.piece->end - r.piece->begin, c.chunk_rows)); ++r.piece)
-    row_chunk -= count;
+  for (; row_chunk * c.chunk_rows >= r.piece->end - r.piece->begin; ++r.piece)
+    row_chunk -= ceil_div(r.piece->end - r.piece->begin, c.chunk_rows);
   r.begin = r.piece->begin + row_chunk * c.chunk_rows;
   r.end = std::min(r.piece->end, r.begin + c.chunk_rows);
   r.run_end = std::clamp(r.begin + (run_end - chunk) * c.chunk_rows, r.end, r.piece->end);

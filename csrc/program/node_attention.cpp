@@ -80,7 +80,8 @@ void AttentionOp::run_chunk(Frame& frame, int phase, int64_t chunk, Worker& work
     return;
   }
   const AttentionPlan& plan = frame.attention_plan(node_.plan);
-  attend_run_chunk(p, batch, plan, chunk, frame.attention_workspace(node_.plan),
+  // Workers that keep pace claim every num_workers-th chunk.
+  attend_run_chunk(p, batch, plan, chunk, chunk + worker.num_workers, frame.attention_workspace(node_.plan),
                    worker.scratch_of(plan.worker_scratch_bytes()));
 }
 

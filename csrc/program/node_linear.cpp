@@ -10,10 +10,13 @@
 namespace partita {
 namespace {
 
-// Up to this many rows every worker prepares all inputs for itself: a few hundred nanoseconds a row, less than
-// the barrier that sharing them costs.
-constexpr int64_t kMaxPrivateRows = 4;
-constexpr int64_t kRowsPerPrepareChunk = 8;
+// Up to this many values every worker prepares all rows for itself: about a microsecond, less than the barrier that
+// sharing them costs.
+constexpr int64_t kMaxPrivateValues = 6144;
+// Of a decode batch all workers should get some; of a prompt, claims should not show.
+int64_t rows_per_prepare_chunk(int64_t rows) { return rows <= 64 ? 2 : 8; }
+
+bool is_private(const PackedLinear& weights, int64_t rows) { return rows * weights.in_features <= kMaxPrivateValues; }
 
 }  // namespace
 
@@ -61,7 +64,7 @@ NodeCost LinearOp::cost(const StepShape& shape) const {
 int64_t LinearOp::num_chunks(const Frame& frame, int phase) const {
   const int64_t rows = num_rows(frame.shape());
   if (rows == 0) return 0;
-  if (phase == 0) return rows <= kMaxPrivateRows ? 0 : (rows + kRowsPerPrepareChunk - 1) / kRowsPerPrepareChunk;
+  if (phase == 0) return is_private(*node_.weights, rows) ? 0 : (rows - 1) / rows_per_prepare_chunk(rows) + 1;
   return node_.weights->num_chunks(rows, node_.gate != GateActivation::kNone);
 }
 
@@ -84,11 +87,11 @@ void LinearOp::run_chunk(Frame& frame, int phase, int64_t chunk, Worker& worker,
     const int64_t num_chunks = weights.num_chunks(rows, is_gated);
     if (chunk < worker.num_workers)
       weights.prefetch_chunk(rows, is_gated, run_begin(num_chunks, worker.num_workers, worker.worker_idx));
-    const int64_t first = chunk * kRowsPerPrepareChunk;
-    prepare_rows(frame, first, std::min(first + kRowsPerPrepareChunk, rows), prepared, stride);
+    const int64_t chunk_rows = rows_per_prepare_chunk(rows), first = chunk * chunk_rows;
+    prepare_rows(frame, first, std::min(first + chunk_rows, rows), prepared, stride);
     return;
   }
-  if (rows <= kMaxPrivateRows) {
+  if (is_private(weights, rows)) {
     if (worker.private_rows_owner != stage) {
       if (worker.private_rows.bytes() < static_cast<size_t>(rows * stride))
         worker.private_rows = AlignedBuffer(rows * stride);

@@ -3,14 +3,13 @@
 // arithmetic:
 //
 //   Isa::kRowBlock                        query rows that share a pass over a tile
+//   Isa::kAsksAhead                       whether a tile is fetched so fast that memory should be asked for the next
+//   Isa::turns_per_tile(task)             how often the loops over a tile of one row block move s.ahead on
 //   Isa::pack_queries(task, s)            q -> the form that scores() reads
 //   Isa::load_tile(task, s, groups, n)    K and V of n 16-token groups -> scratch
 //   Isa::attend_block(task, s, row, num_rows, lows, highs, is_masked)
 //                                         scores, online softmax and P V of rows [row, row + num_rows) against the tile
-//   Isa::k_prefetches(task), v_prefetches(task)
-//                                         lines of the next tile that the first row block asks for, a multiple of 4
-//   Isa::column_of(task, out)             out[d] = column of element d in the accumulators
-//   Isa::reorder(o, column_of, f, D, out) out[d] = o[column_of[d]] * f
+//   Isa::write_row(task, o, f, out)       out = o * f, elements in order
 //   Isa::rotate(x, D)                     undoes the rotation of V
 //   Isa::keeps_codes(task, stream)        whether the stream's codes are dotted as integers
 //
@@ -21,6 +20,7 @@
 #include <cstring>
 
 #include "attention/cpu/attend_kernel.h"
+#include "attention/cpu/kv_ahead.h"
 
 namespace partita {
 namespace {
@@ -66,37 +66,35 @@ struct TokenGroup {
 
 // One worker's memory for one item.
 struct Scratch {
-  float* q;                   // [rows, D] scaled queries (fp32 arithmetic)
-  int8_t* q_high;             // [rows, D] 16-bit queries as 256 * high + low (integer dot)
-  int8_t* q_low;              // [rows, D]
-  float* q_scale;             // [rows]
-  float* q_sum;               // [rows] sum of the dequantised query
-  float* k;                   // [D, 64] fp32, or [D / 4, 64] groups of four codes
-  float* v;                   // [64, pitch] fp32, or [16, pitch] groups of four tokens' codes
-  float* k_scale;             // [64]
-  float* k_min;               // [64]
-  float* v_scale;             // [64]
-  float* v_min;               // [64]
-  float* scores;              // [kMaxRowBlock, 64] in units of log2
-  float* p;                   // [kMaxRowBlock, 64]
-  int8_t* p_high;             // [kMaxRowBlock, 64]
-  int8_t* p_low;              // [kMaxRowBlock, 64]
-  float* p_scale;             // [kMaxRowBlock]
-  float* alpha;               // [kMaxRowBlock]
-  float* m;                   // [rows] running maximum of the split
-  float* l;                   // [rows, 16] running sum, by lane; [rows] once the split is closed
-  float* l_min;               // [rows, 16] sum of p * v_min, by lane
-  float* o;                   // [rows, pitch]
-  float* total_m;             // [rows] all splits so far
-  float* total_l;             // [rows]
-  float* total_o;             // [rows, pitch]
-  float* row;                 // [256 + 256] temporary rows
-  float* decoded;             // [16, 256]
-  int32_t* column_of;         // [256]
-  const std::byte** k_lines;  // [512] of the next tile, to be prefetched
-  const std::byte** v_lines;
+  float* q;                  // [rows, D] scaled queries (fp32 arithmetic)
+  int8_t* q_high;            // [rows, D] 16-bit queries as 256 * high + low (integer dot)
+  int8_t* q_low;             // [rows, D]
+  float* q_scale;            // [rows]
+  float* q_sum;              // [rows] sum of the dequantised query
+  float* k;                  // [D, 64] fp32, or [D / 4, 64] groups of four codes
+  float* v;                  // [64, pitch] fp32, or [16, pitch] groups of four tokens' codes
+  float* k_scale;            // [64]
+  float* k_min;              // [64]
+  float* v_scale;            // [64]
+  float* v_min;              // [64]
+  float* scores;             // [kMaxRowBlock, 64] in units of log2
+  float* p;                  // [kMaxRowBlock, 64]
+  int8_t* p_high;            // [kMaxRowBlock, 64]
+  int8_t* p_low;             // [kMaxRowBlock, 64]
+  float* p_scale;            // [kMaxRowBlock]
+  float* alpha;              // [kMaxRowBlock]
+  float* m;                  // [rows] running maximum of the split
+  float* l;                  // [rows, 16] running sum, by lane; [rows] once the split is closed
+  float* l_min;              // [rows, 16] sum of p * v_min, by lane
+  float* o;                  // [rows, pitch]
+  float* total_m;            // [rows] all splits so far
+  float* total_l;            // [rows]
+  float* total_o;            // [rows, pitch]
+  float* decoded;            // [16, 256]
   const TokenGroup* groups;  // of the tile in hand
-  std::byte* k_tail;         // copies of the last group's rows, zero past the last visible token
+  const std::byte** lines;   // listed_lines(D), to be asked for
+  LinesAhead* ahead;
+  std::byte* k_tail;  // copies of the last group's rows, zero past the last visible token
   std::byte* v_tail;
   uint16_t* k_tail_params;  // [16, 2]
   uint16_t* v_tail_params;
@@ -145,12 +143,10 @@ size_t carve_scratch(int rows, int head_dim, std::byte* base, Scratch* s) {
   s->total_m = carver.take<float>(rows);
   s->total_l = carver.take<float>(rows);
   s->total_o = carver.take<float>(static_cast<size_t>(rows) * pitch);
-  s->row = carver.take<float>(512);
   s->decoded = carver.take<float>(kGroupTokens * 256);
-  s->column_of = carver.take<int32_t>(256);
+  s->lines = carver.take<const std::byte*>(listed_lines(head_dim));
   s->groups = nullptr;
-  s->k_lines = carver.take<const std::byte*>(512);
-  s->v_lines = carver.take<const std::byte*>(512);
+  s->ahead = nullptr;
   s->k_tail = carver.take<std::byte>(kGroupTokens * 256 * sizeof(float) + 64);
   s->v_tail = carver.take<std::byte>(kGroupTokens * 256 * sizeof(float) + 64);
   s->k_tail_params = carver.take<uint16_t>(kGroupTokens * 2);
@@ -161,10 +157,6 @@ size_t carve_scratch(int rows, int head_dim, std::byte* base, Scratch* s) {
 size_t attend_scratch_bytes(int max_rows, int head_dim) {
   Scratch s;
   return carve_scratch(max_rows, head_dim, nullptr, &s);
-}
-
-inline bool has_params(KvCodec codec) {
-  return codec == KvCodec::kInt8 || codec == KvCodec::kInt4Rotated || codec == KvCodec::kInt4Plain;
 }
 
 // A group whose last tokens nobody here sees is copied, and zero past them: what lies in unwritten slots (NaN perhaps)
@@ -183,9 +175,8 @@ void copy_tail(const KvStream& stream, int num_tokens, const std::byte* codes, c
 int locate_tile(const AttendTask& task, const Scratch& s, int64_t tile_start, int num_tokens, TokenGroup* groups) {
   const int num_groups = (num_tokens + kGroupTokens - 1) / kGroupTokens;
   for (int g = 0; g < num_groups; ++g) {
-    const int64_t position = tile_start + g * kGroupTokens;
-    const size_t slot = static_cast<size_t>(position % task.page_size);
-    const std::byte* page = task.arena + task.page_table[position / task.page_size] * task.arena_page_bytes;
+    size_t slot;
+    const std::byte* page = page_of(task, tile_start + g * kGroupTokens, &slot);
     TokenGroup& group = groups[g];
     group.k = page + task.k.codes_offset + slot * task.k.row_bytes;
     group.v = page + task.v.codes_offset + slot * task.v.row_bytes;
@@ -202,31 +193,6 @@ int locate_tile(const AttendTask& task, const Scratch& s, int64_t tile_start, in
     }
   }
   return num_groups;
-}
-
-// Pages are scattered, so no hardware prefetcher sees the next tile coming. Its cache lines are listed here and the
-// first row block asks for a few in each turn of its loops: asking for all of them at once would fill the line fill
-// buffers and stall until memory has answered (measured: a decode step twice as long). num_entries: what the loops will
-// ask for, not the lines there are; several may be one line, or every second line (the adjacent-line prefetcher brings
-// the rest).
-void list_lines(const AttendTask& task, const KvStream& stream, int64_t tile_start, int64_t end, int num_entries,
-                const std::byte** lines) {
-  const auto* idle = reinterpret_cast<const std::byte*>(lines);  // a line that is in L1 anyway
-  const int per_group = num_entries / kTileGroups;
-  const size_t group_bytes = stream.row_bytes * kGroupTokens;
-  for (int g = 0; g < kTileGroups; ++g, lines += per_group) {
-    const int64_t position = tile_start + g * kGroupTokens;
-    const std::byte* at = idle;
-    size_t step = 0;
-    if (position < end) {
-      const size_t slot = static_cast<size_t>(position % task.page_size);
-      const std::byte* page = task.arena + task.page_table[position / task.page_size] * task.arena_page_bytes;
-      at = page + stream.codes_offset + slot * stream.row_bytes;
-      step = group_bytes / per_group;
-      if (has_params(stream.codec)) __builtin_prefetch(page + stream.params_offset + 4 * slot, 0, 2);
-    }
-    for (int i = 0; i < per_group; ++i) lines[i] = at + i * step;
-  }
 }
 
 void open_split(const AttendTask& task, const Scratch& s) {
@@ -257,15 +223,8 @@ void close_split(const AttendTask& task, const Scratch& s, bool has_min) {
   }
 }
 
-void open_total(const AttendTask& task, const Scratch& s) {
-  const size_t rows = task.num_rows;
-  for (size_t r = 0; r < rows; ++r) s.total_m[r] = kNoScore;
-  std::memset(s.total_l, 0, sizeof(float) * rows);
-  std::memset(s.total_o, 0, sizeof(float) * rows * partial_pitch(task.head_dim));
-}
-
-// total <- total (+) one split's partial softmax. The only place where splits meet, so that one worker walking all of
-// them and many workers leaving partials give the same bits.
+// total <- total (+) one split's partial softmax; the first split is the total as it is. The only place where splits
+// meet, so that one worker walking all of them and many workers leaving partials give the same bits.
 void merge_split(const AttendTask& task, const Scratch& s, const float* m, const float* l, const float* o) {
   const int pitch = partial_pitch(task.head_dim);
   for (int r = 0; r < task.num_rows; ++r) {
@@ -287,85 +246,104 @@ void store_partial(const AttendTask& task, const Scratch& s, float* partial) {
   std::memcpy(partial + 2 * rows, s.o, sizeof(float) * rows * partial_pitch(task.head_dim));
 }
 
-// out = total_o / total_l, elements back in order, rotated back where V lies rotated.
+// out = o / l, elements back in order, rotated back where V lies rotated.
 template <class Isa>
-void write_out(const AttendTask& task, const Scratch& s) {
+void write_out(const AttendTask& task, const float* l, const float* o) {
   const int head_dim = task.head_dim;
-  const int pitch = partial_pitch(head_dim);
-  int32_t* column_of = s.column_of;
-  Isa::column_of(task, column_of);
-  for (int r = 0; r < task.num_rows; ++r) {
-    const float inverse = 1.0f / s.total_l[r];
-    const float* o = s.total_o + static_cast<size_t>(r) * pitch;
+  for (int r = 0; r < task.num_rows; ++r, o += partial_pitch(head_dim)) {
     float* out = task.out + (r / task.group) * task.out_stride + static_cast<int64_t>(r % task.group) * head_dim;
-    Isa::reorder(o, column_of, inverse, head_dim, out);
+    Isa::write_row(task, o, 1.0f / l[r], out);
     if (task.v.codec == KvCodec::kInt4Rotated) Isa::rotate(out, head_dim);
   }
 }
 
+// Row r of a block sees the tile's tokens [lows[r], highs[r]). Returns whether any row sees any.
+inline bool see_tile(const AttendTask& task, int64_t tile_start, int row, int num_rows, int* lows, int* highs,
+                     bool* is_masked) {
+  *is_masked = false;
+  bool is_seen = false;
+  for (int r = 0; r < num_rows; ++r) {
+    const int64_t position = task.first_position + (row + r) / task.group;
+    const int64_t high = position + 1 - tile_start;
+    const int64_t low = task.window > 0 ? high - task.window : 0;
+    highs[r] = static_cast<int>(high < 0 ? 0 : (high < kKvTileTokens ? high : kKvTileTokens));
+    lows[r] = static_cast<int>(low < 0 ? 0 : (low < kKvTileTokens ? low : kKvTileTokens));
+    *is_masked |= lows[r] > 0 || highs[r] < kKvTileTokens;
+    is_seen |= lows[r] < highs[r];
+  }
+  return is_seen;
+}
+
+// next: what this worker will probably run afterwards (the same layer), or null; only its first tile is asked for.
 template <class Isa>
-void attend_task(const AttendTask& task, std::byte* scratch) {
+void attend_task(const AttendTask& task, const AttendTask* next, std::byte* scratch) {
   Scratch s;
   carve_scratch(task.num_rows, task.head_dim, scratch, &s);
   Isa::pack_queries(task, s);
-  const int64_t num_tokens = task.num_rows / task.group;
-  const int64_t visible_end = task.first_position + num_tokens;
-  const int64_t visible_begin =
-      task.window > 0 && task.first_position >= task.window ? task.first_position - task.window + 1 : 0;
+  const int64_t begin = walk_begin(task), end = walk_end(task);
   const bool has_min = Isa::keeps_codes(task, task.v);
-  if (!task.partials) open_total(task, s);
+  const int num_blocks = (task.num_rows + Isa::kRowBlock - 1) / Isa::kRowBlock;
+  // Each tile asks for one tile: in the turns of its loops, or, where there is time between row blocks, there.
+  const int asked_in = num_blocks > 1 ? num_blocks : Isa::turns_per_tile(task);
+  const int asked_at_once = (tile_lines(task) + asked_in - 1) / asked_in;
+  LinesAhead ahead(task, next, asked_at_once, s.lines);
+  s.ahead = &ahead;
 
   for (int split = task.split_begin; split < task.split_end; ++split) {
     open_split(task, s);
-    const int64_t split_start = static_cast<int64_t>(split) * kKvSplitTokens;
-    const int64_t end = split_start + kKvSplitTokens < visible_end ? split_start + kKvSplitTokens : visible_end;
-    int64_t tile_start = split_start > visible_begin ? split_start : visible_begin / kKvTileTokens * kKvTileTokens;
-    for (; tile_start < end; tile_start += kKvTileTokens) {
+    const int64_t split_start = int64_t{split} * kKvSplitTokens;
+    const int64_t split_end = split_start + kKvSplitTokens < end ? split_start + kKvSplitTokens : end;
+    int64_t tile_start = split_start > begin ? split_start : begin;
+    for (; tile_start < split_end; tile_start += kKvTileTokens) {
       TokenGroup groups[kTileGroups];
       s.groups = groups;
-      const int64_t left = end - tile_start;
+      const int64_t left = split_end - tile_start;
       const int num_visible = static_cast<int>(left < kKvTileTokens ? left : kKvTileTokens);
       const int num_groups = locate_tile(task, s, tile_start, num_visible, groups);
-      list_lines(task, task.k, tile_start + kKvTileTokens, visible_end, Isa::k_prefetches(task), s.k_lines);
-      list_lines(task, task.v, tile_start + kKvTileTokens, visible_end, Isa::v_prefetches(task), s.v_lines);
+      if (Isa::kAsksAhead) ahead.list(tile_lines(task));
       Isa::load_tile(task, s, groups, num_groups);
-      for (int row = 0; row < task.num_rows; row += Isa::kRowBlock) {
+      for (int block = 0; block < num_blocks; ++block) {
+        const int row = block * Isa::kRowBlock;
         const int block_rows = task.num_rows - row < Isa::kRowBlock ? task.num_rows - row : Isa::kRowBlock;
-        // Row r sees the tile's tokens [lows[r], highs[r]).
+        if (Isa::kAsksAhead && num_blocks > 1) ahead.ask(asked_at_once);
         int lows[kMaxRowBlock], highs[kMaxRowBlock];
-        bool is_masked = false, is_seen = false;
-        for (int r = 0; r < block_rows; ++r) {
-          const int64_t position = task.first_position + (row + r) / task.group;
-          const int64_t high = position + 1 - tile_start;
-          const int64_t low = task.window > 0 ? high - task.window : 0;
-          highs[r] = static_cast<int>(high < 0 ? 0 : (high < kKvTileTokens ? high : kKvTileTokens));
-          lows[r] = static_cast<int>(low < 0 ? 0 : (low < kKvTileTokens ? low : kKvTileTokens));
-          is_masked |= lows[r] > 0 || highs[r] < kKvTileTokens;
-          is_seen |= lows[r] < highs[r];
-        }
-        if (is_seen) Isa::attend_block(task, s, row, block_rows, num_groups, lows, highs, is_masked);
+        bool is_masked;
+        if (see_tile(task, tile_start, row, block_rows, lows, highs, &is_masked))
+          Isa::attend_block(task, s, row, block_rows, num_groups, lows, highs, is_masked);
       }
     }
     close_split(task, s, has_min);
     if (task.partials) {
       store_partial(task, s, task.partials + partial_floats(task.num_rows, task.head_dim) * (split - task.split_begin));
+    } else if (split == task.split_begin) {
+      std::memcpy(s.total_m, s.m, sizeof(float) * task.num_rows);
+      std::memcpy(s.total_l, s.l, sizeof(float) * task.num_rows);
+      float* first = s.o;
+      s.o = s.total_o;
+      s.total_o = first;
     } else {
       merge_split(task, s, s.m, s.l, s.o);
     }
   }
-  if (!task.partials) write_out<Isa>(task, s);
+  if (!task.partials) write_out<Isa>(task, s.total_l, s.total_o);
 }
 
 template <class Isa>
 void merge_task(const AttendTask& task, const float* partials, int num_partials, std::byte* scratch) {
   Scratch s;
   carve_scratch(task.num_rows, task.head_dim, scratch, &s);
-  open_total(task, s);
-  for (int i = 0; i < num_partials; ++i) {
-    const float* partial = partials + partial_floats(task.num_rows, task.head_dim) * i;
-    merge_split(task, s, partial, partial + task.num_rows, partial + 2 * task.num_rows);
+  const size_t rows = task.num_rows;
+  for (int i = 0; i < num_partials; ++i, partials += partial_floats(task.num_rows, task.head_dim)) {
+    const float *m = partials, *l = partials + rows, *o = partials + 2 * rows;
+    if (i > 0) {
+      merge_split(task, s, m, l, o);
+      continue;
+    }
+    std::memcpy(s.total_m, m, sizeof(float) * rows);
+    std::memcpy(s.total_l, l, sizeof(float) * rows);
+    std::memcpy(s.total_o, o, sizeof(float) * rows * partial_pitch(task.head_dim));
   }
-  write_out<Isa>(task, s);
+  write_out<Isa>(task, s.total_l, s.total_o);
 }
 
 }  // namespace

@@ -50,9 +50,8 @@ struct Fp32Tile {
 
   static bool keeps_codes(const AttendTask&, const KvStream&) { return false; }
 
-  // None: decoding a tile into fp32 takes longer than fetching it.
-  static int k_prefetches(const AttendTask&) { return 0; }
-  static int v_prefetches(const AttendTask&) { return 0; }
+  static constexpr bool kAsksAhead = false;  // decoding a tile into fp32 takes longer than fetching it
+  static int turns_per_tile(const AttendTask&) { return 1; }
 
   static void rotate(float* x, int head_dim) { row_kernel().rotate(x, head_dim, rotation_size(head_dim)); }
 
@@ -62,12 +61,8 @@ struct Fp32Tile {
     return size;
   }
 
-  static void column_of(const AttendTask& task, int32_t* out) {
-    for (int d = 0; d < task.head_dim; ++d) out[d] = d;
-  }
-
-  static void reorder(const float* o, const int32_t*, float factor, int head_dim, float* out) {
-    for (int d = 0; d < head_dim; ++d) out[d] = o[d] * factor;
+  static void write_row(const AttendTask& task, const float* o, float factor, float* out) {
+    for (int d = 0; d < task.head_dim; ++d) out[d] = o[d] * factor;
   }
 
   // Scores come out in units of log2, or of the cap where there is one.

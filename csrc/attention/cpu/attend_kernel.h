@@ -55,7 +55,8 @@ constexpr size_t partial_floats(int num_rows, int head_dim) {
 
 struct AttendKernel {
   size_t (*scratch_bytes)(int max_rows, int head_dim);
-  void (*attend)(const AttendTask& task, std::byte* scratch);
+  // next: what this worker will probably run afterwards, or null: the first of its K and V may be fetched meanwhile.
+  void (*attend)(const AttendTask& task, const AttendTask* next, std::byte* scratch);
   // Merges num_partials consecutive splits' partials in ascending order and writes out.
   void (*merge)(const AttendTask& task, const float* partials, int num_partials, std::byte* scratch);
 };

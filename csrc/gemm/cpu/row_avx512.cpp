@@ -91,6 +91,67 @@ void quantize_group(__m512 low, __m512 high, ActivationGroup* group) {
   group->sum = sum;
 }
 
+// The maximum magnitude of each of four groups, in every 128-bit lane. Compared as integers: a NaN is above all
+// numbers.
+__m512 absmax_of_4_groups(const __m512 (&low)[4], const __m512 (&high)[4]) {
+  const __m512i magnitude_mask = _mm512_set1_epi32(0x7fffffff);
+  __m512i m[4];
+  for (int i = 0; i < 4; ++i)
+    m[i] = _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(low[i]), magnitude_mask),
+                            _mm512_and_si512(_mm512_castps_si512(high[i]), magnitude_mask));
+  const __m512i m01 = _mm512_max_epu32(_mm512_unpacklo_epi32(m[0], m[1]), _mm512_unpackhi_epi32(m[0], m[1]));
+  const __m512i m23 = _mm512_max_epu32(_mm512_unpacklo_epi32(m[2], m[3]), _mm512_unpackhi_epi32(m[2], m[3]));
+  __m512i all = _mm512_max_epu32(_mm512_unpacklo_epi64(m01, m23), _mm512_unpackhi_epi64(m01, m23));
+  all = _mm512_max_epu32(all, _mm512_shuffle_i32x4(all, all, _MM_SHUFFLE(1, 0, 3, 2)));
+  all = _mm512_max_epu32(all, _mm512_shuffle_i32x4(all, all, _MM_SHUFFLE(2, 3, 0, 1)));
+  return _mm512_castsi512_ps(all);
+}
+
+// What follows the codes in the records of two groups. codes: their 64 bytes; scale: one of each, eight times.
+__m512i records_after_codes(__m512i codes, __m512 scale) {
+  __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), codes);
+  sums = _mm512_add_epi32(sums, _mm512_shuffle_epi32(sums, _MM_PERM_BADC));
+  sums = _mm512_add_epi32(sums, _mm512_shuffle_epi32(sums, _MM_PERM_CDAB));  // each lane: the sum of its 16 codes
+  const __m512i other = _mm512_shuffle_i32x4(sums, sums, _MM_SHUFFLE(2, 3, 0, 1));
+  const __m512i total = _mm512_add_epi32(sums, other);
+  // scale, scaled sum, -8, -16, -128 times the sum | -32 times each half's, the sum
+  __m512i words = _mm512_mask_mov_epi32(total, 0x2020, other);
+  words = _mm512_mask_mov_epi32(words, 0x4040, sums);
+  const __m512i shifts = _mm512_setr_epi32(0, 0, 3, 4, 7, 5, 5, 0, 0, 0, 3, 4, 7, 5, 5, 0);
+  words = _mm512_mask_sub_epi32(words, 0x7c7c, _mm512_setzero_si512(), _mm512_sllv_epi32(words, shifts));
+  const __m512 scaled_sum = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(total));
+  words = _mm512_mask_mov_epi32(words, 0x0101, _mm512_castps_si512(scale));
+  return _mm512_mask_mov_epi32(words, 0x0202, _mm512_castps_si512(scaled_sum));
+}
+
+// As quantize_group() does one: one group at a time is a chain of reductions, three times as long.
+void quantize_4_groups(const __m512 (&low)[4], const __m512 (&high)[4], ActivationGroup* groups) {
+  const __m512 absmax = absmax_of_4_groups(low, high);
+  const __m128 absmax4 = _mm512_castps512_ps128(absmax);
+  const __mmask8 is_zero = _mm_cmp_ps_mask(absmax4, _mm_set1_ps(kMinAbsmax), _CMP_LT_OQ);
+  const auto is_kept = static_cast<__mmask8>(~is_zero);
+  const __m512 scale = _mm512_broadcast_f32x4(_mm_maskz_div_ps(is_kept, absmax4, _mm_set1_ps(127.0f)));
+  const __m512 inverse = _mm512_broadcast_f32x4(_mm_maskz_div_ps(is_kept, _mm_set1_ps(127.0f), absmax4));
+  const __m512 inverses[4] = {_mm512_permute_ps(inverse, 0x00), _mm512_permute_ps(inverse, 0x55),
+                              _mm512_permute_ps(inverse, 0xaa), _mm512_permute_ps(inverse, 0xff)};
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (int pair = 0; pair < 2; ++pair) {
+    __m512i words[2];
+    for (int i = 0; i < 2; ++i) {
+      const int g = 2 * pair + i;
+      words[i] = _mm512_packs_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(low[g], inverses[g])),
+                                    _mm512_cvtps_epi32(_mm512_mul_ps(high[g], inverses[g])));
+    }
+    // Packing leaves dword 4 i + j = codes 16 j + 4 i of the 64: transposed.
+    const __m512i codes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(words[0], words[1]));
+    const __m512i which = pair ? _mm512_setr_epi32(2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3)
+                               : _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const __m512i rest = records_after_codes(codes, _mm512_permutexvar_ps(which, scale));
+    _mm512_store_si512(groups + 2 * pair, _mm512_shuffle_i64x2(codes, rest, _MM_SHUFFLE(1, 0, 1, 0)));
+    _mm512_store_si512(groups + 2 * pair + 1, _mm512_shuffle_i64x2(codes, rest, _MM_SHUFFLE(3, 2, 3, 2)));
+  }
+}
+
 // To nearest even, on the bits; a NaN stays one.
 __m512 round_to_bf16(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
@@ -135,7 +196,16 @@ void prepare_int8_row_avx512(const float* x, const float* norm_weight, float nor
                              std::byte* prepared) {
   const RowReader row(x, norm_weight, norm_eps, in_features);
   auto* groups = reinterpret_cast<ActivationGroup*>(prepared);
-  for (int64_t k = 0; k < in_features; k += kGroupValues)
+  int64_t k = 0;
+  for (; k + 4 * kGroupValues <= in_features; k += 4 * kGroupValues) {
+    __m512 low[4], high[4];
+    for (int g = 0; g < 4; ++g) {
+      low[g] = row.load(k + g * kGroupValues, 0xffff);
+      high[g] = row.load(k + g * kGroupValues + kLanes, 0xffff);
+    }
+    quantize_4_groups(low, high, groups + k / kGroupValues);
+  }
+  for (; k < in_features; k += kGroupValues)
     quantize_group(row.load(k, 0xffff), row.load(k + kLanes, 0xffff), groups + k / kGroupValues);
 }
 
