@@ -9,6 +9,7 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 
+#include "gemm/cpu/tiles_ahead.h"
 #include "gemm/kernels.h"
 
 namespace partita {
@@ -17,7 +18,7 @@ namespace {
 constexpr int kTileTokens = 12;        // x 2 tiles of rows: 24 accumulators
 constexpr int64_t kBlockInputs = 128;  // K block of dequantised weights: 2 x 16 rows x 128 x 4 bytes = 16 KB
 constexpr int kMaxStreamTokens = 4;    // float weights are read straight from packed tiles up to here
-constexpr int kStreamTiles = 4;        // independent chains, so that one token is bound by memory
+constexpr int kStreamTiles = 2;        // independent chains, so that one token is bound by memory
 
 __m512 load_halves(const std::byte* halves) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
@@ -138,6 +139,9 @@ void multiply_expanded(const TileProduct& p, int64_t first_tile) {
   const TileLayout& layout = *p.layout;
   auto* values = reinterpret_cast<float*>(p.scratch);
   const int64_t num_token_tiles = (p.num_tokens + kTileTokens - 1) / kTileTokens;
+  const int64_t num_blocks = (layout.in_features + kBlockInputs - 1) / kBlockInputs;
+  LinesToCome next(p.tiles + (first_tile + R) * layout.tile_bytes, R * layout.tile_bytes, p.prefetch_end,
+                   num_blocks * num_token_tiles);
   for (int64_t first = 0; first < layout.in_features; first += kBlockInputs) {
     const int64_t left = layout.in_features - first;
     const int64_t num_inputs = left < kBlockInputs ? left : kBlockInputs;
@@ -147,6 +151,7 @@ void multiply_expanded(const TileProduct& p, int64_t first_tile) {
     for (int64_t i = 0; i < num_token_tiles; ++i) {
       const int64_t token = p.num_tokens * i / num_token_tiles;
       const int64_t tile_tokens = p.num_tokens * (i + 1) / num_token_tiles - token;
+      next.step();
       kDots[tile_tokens - 1](values, num_inputs, p.prepared + token * p.prepared_row_bytes + first * 4,
                              p.prepared_row_bytes, p.sums + token * p.sums_stride + first_tile * kTileRows,
                              p.sums_stride, first == 0);
@@ -156,14 +161,17 @@ void multiply_expanded(const TileProduct& p, int64_t first_tile) {
 
 // Few tokens over R float tiles as they lie in memory.
 template <WeightFormat F, int R, int T>
-void dot_stream(const std::byte* tiles, int64_t tile_bytes, int64_t num_inputs, const std::byte* prepared,
-                int64_t row_bytes, float* sums, int64_t sums_stride) {
+void dot_stream(const std::byte* tiles, int64_t tile_bytes, const std::byte* prefetch_end, int64_t num_inputs,
+                const std::byte* prepared, int64_t row_bytes, float* sums, int64_t sums_stride) {
+  constexpr int kLineInputs = F == WeightFormat::kF32 ? 1 : 2;
+  TilesAhead<R> ahead(tiles, tile_bytes, prefetch_end);
   __m512 acc[T][R];
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) acc[t][r] = _mm512_setzero_ps();
   for (int64_t k = 0; k < num_inputs; ++k) {
+    if (k % kLineInputs == 0) ahead.template advance<1>();
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const __m512 line = load_float_line<F>(tiles + r * tile_bytes, k);
@@ -181,18 +189,19 @@ void dot_stream(const std::byte* tiles, int64_t tile_bytes, int64_t num_inputs, 
 
 template <WeightFormat F>
 void multiply_stream(const TileProduct& p) {
-  using Dot = void (*)(const std::byte*, int64_t, int64_t, const std::byte*, int64_t, float*, int64_t);
-  static constexpr Dot kFour[kMaxStreamTokens] = {dot_stream<F, kStreamTiles, 1>, dot_stream<F, kStreamTiles, 2>,
-                                                  dot_stream<F, kStreamTiles, 3>, dot_stream<F, kStreamTiles, 4>};
+  using Dot =
+      void (*)(const std::byte*, int64_t, const std::byte*, int64_t, const std::byte*, int64_t, float*, int64_t);
+  static constexpr Dot kTwo[kMaxStreamTokens] = {dot_stream<F, kStreamTiles, 1>, dot_stream<F, kStreamTiles, 2>,
+                                                 dot_stream<F, kStreamTiles, 3>, dot_stream<F, kStreamTiles, 4>};
   static constexpr Dot kOne[kMaxStreamTokens] = {dot_stream<F, 1, 1>, dot_stream<F, 1, 2>, dot_stream<F, 1, 3>,
                                                  dot_stream<F, 1, 4>};
   const TileLayout& layout = *p.layout;
   for (int64_t tile = 0; tile < p.num_tiles;) {
-    const bool is_four = tile + kStreamTiles <= p.num_tiles;
-    (is_four ? kFour : kOne)[p.num_tokens - 1](p.tiles + tile * layout.tile_bytes, layout.tile_bytes,
-                                               layout.in_features, p.prepared, p.prepared_row_bytes,
-                                               p.sums + tile * kTileRows, p.sums_stride);
-    tile += is_four ? kStreamTiles : 1;
+    const bool is_pair = tile + kStreamTiles <= p.num_tiles;
+    (is_pair ? kTwo : kOne)[p.num_tokens - 1](p.tiles + tile * layout.tile_bytes, layout.tile_bytes, p.prefetch_end,
+                                              layout.in_features, p.prepared, p.prepared_row_bytes,
+                                              p.sums + tile * kTileRows, p.sums_stride);
+    tile += is_pair ? kStreamTiles : 1;
   }
 }
 

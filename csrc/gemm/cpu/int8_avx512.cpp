@@ -10,14 +10,14 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 
+#include "gemm/cpu/tiles_ahead.h"
 #include "gemm/kernels.h"
 
 namespace partita {
 namespace {
 
-constexpr int kMaxPackedTokens = 8;        // read straight from packed tiles, unpacked in registers
-constexpr int kPrefetchBytes = 24 * 1024;  // into L2: see README
-constexpr int kTileTokens = 6;             // x 2 tiles of rows: 12 int32 + 12 fp32 accumulators
+constexpr int kMaxPackedTokens = 8;  // read straight from packed tiles, unpacked in registers
+constexpr int kTileTokens = 6;       // x 2 tiles of rows: 12 int32 + 12 fp32 accumulators
 constexpr int kBlockGroups = 18;  // K block of unpacked weights: 23 KB, so that it stays in L1 beside the activations
 
 struct Parameters {
@@ -101,16 +101,9 @@ void dot_packed_tiles(const TileLayout& layout, const std::byte* tiles, const st
       if constexpr (kSumsInMemory) _mm512_storeu_ps(sums + t * sums_stride + r * kTileRows, acc[t][r]);
     }
   const int64_t num_groups = layout.num_groups;
+  TilesAhead<R> ahead(tiles, layout.tile_bytes, prefetch_end);
   for (int64_t g = 0; g < num_groups; ++g) {
-#pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) {
-      const std::byte* next = tiles + r * layout.tile_bytes + g * kLines * 64 + kPrefetchBytes;
-      // Behind the end lies another worker's run: prefetched here it would cross the memory bus twice.
-      const std::byte* last = prefetch_end - kLines * 64;
-      const auto* ahead = reinterpret_cast<const char*>(next < last ? next : last);
-#pragma GCC unroll 9
-      for (int i = 0; i < kLines; ++i) _mm_prefetch(ahead + i * 64, _MM_HINT_T1);
-    }
+    ahead.template advance<kLines>();
     Parameters parameters[R];
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) parameters[r] = load_parameters<F>(layout, tiles + r * layout.tile_bytes, g);
@@ -273,11 +266,8 @@ void multiply_unpacked(const TileProduct& p, int64_t first_tile) {
   const TileLayout& layout = *p.layout;
   const int64_t num_blocks = (layout.num_groups + kBlockGroups - 1) / kBlockGroups;
   const int64_t num_token_tiles = (p.num_tokens + kTileTokens - 1) / kTileTokens;
-  // While these tiles are computed the next ones travel to L2, a few lines with each token tile.
-  const std::byte* next = p.tiles + (first_tile + R) * layout.tile_bytes;
-  const int64_t next_bytes = p.prefetch_end > next ? p.prefetch_end - next : 0;
-  const int64_t num_lines = (next_bytes < R * layout.tile_bytes ? next_bytes : R * layout.tile_bytes) / 64;
-  int64_t line = 0, step = 0;
+  LinesToCome next(p.tiles + (first_tile + R) * layout.tile_bytes, R * layout.tile_bytes, p.prefetch_end,
+                   num_blocks * num_token_tiles);
   for (int64_t block = 0; block < num_blocks; ++block) {
     const int64_t first_group = layout.num_groups * block / num_blocks;
     const int64_t num_groups = layout.num_groups * (block + 1) / num_blocks - first_group;
@@ -285,8 +275,7 @@ void multiply_unpacked(const TileProduct& p, int64_t first_tile) {
     for (int64_t i = 0; i < num_token_tiles; ++i) {
       const int64_t token = p.num_tokens * i / num_token_tiles;
       const int64_t tile_tokens = p.num_tokens * (i + 1) / num_token_tiles - token;
-      for (const int64_t end = num_lines * ++step / (num_blocks * num_token_tiles); line < end; ++line)
-        _mm_prefetch(reinterpret_cast<const char*>(next + line * 64), _MM_HINT_T1);
+      next.step();
       kDots[tile_tokens - 1](
           p.scratch, num_groups, p.prepared + token * p.prepared_row_bytes + first_group * sizeof(ActivationGroup),
           p.prepared_row_bytes, p.sums + token * p.sums_stride + first_tile * kTileRows, p.sums_stride, block == 0);
