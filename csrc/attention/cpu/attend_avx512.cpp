@@ -104,7 +104,7 @@ struct Avx512Tile {
     kv_row_kernel_avx512().rotate(x, head_dim, size);
   }
 
-  // out[d] = o[column of d] * factor
+  // out[d] = o[column of d] * factor. Adding zero: merging with a split that the row does not see turns -0 into 0.
   static void write_row(const AttendTask& task, const float* o, float factor, float* out) {
     const int32_t* columns = value_columns(task.v.codec, keeps_codes(task, task.v));
     for (int d = 0; d < task.head_dim; d += kLanes) {
@@ -118,7 +118,8 @@ struct Avx512Tile {
         const __m512 upper = _mm512_permutex2var_ps(_mm512_load_ps(block + 32), column, _mm512_load_ps(block + 48));
         x = _mm512_mask_mov_ps(x, _mm512_test_epi32_mask(column, _mm512_set1_epi32(32)), upper);
       }
-      _mm512_mask_storeu_ps(out + d, mask, _mm512_mul_ps(x, _mm512_set1_ps(factor)));
+      _mm512_mask_storeu_ps(out + d, mask,
+                            _mm512_mul_ps(_mm512_add_ps(x, _mm512_setzero_ps()), _mm512_set1_ps(factor)));
     }
   }
 
