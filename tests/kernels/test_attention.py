@@ -144,6 +144,32 @@ def test_a_decode_token_does_not_depend_on_the_batch(isa, kv_dtype):
     np.testing.assert_array_equal(whole, step.run([[(2047, 2048), *idle]])[0][-1])
 
 
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8", "int4"])
+def test_a_row_of_one_split_has_the_bits_of_one_that_walks_two(isa, kv_dtype):
+    """Rows before position 256 in a tile that reaches past it merge a split they do not see; alone they have one split."""
+    case = {"num_q_heads": 6, "num_kv_heads": 2, "kv_dtype": kv_dtype, "seed": 16, "num_layers": 1, "layer": 0}
+    step = Step([(0, 262)], **case)
+    both = step.run([[(0, 250)], [(250, 262)]])[0]
+    again = Step([(0, 262)], **case)
+    alone = again.run([[(0, 250)], *([(at, at + 1)] for at in range(250, 262))])[0]
+    np.testing.assert_array_equal(both.view(np.int32), alone.view(np.int32))
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8", "int4:bf16"])
+@pytest.mark.parametrize(("page_size", "window"), [(16, 0), (64, 0), (128, 90)])
+def test_a_wrong_guess_of_the_next_item_changes_nothing(isa, kv_dtype, page_size, window):
+    """A worker asks memory for the item `num_threads` further on: right with one thread, mostly wrong or past the end with
+    many. Nobody owns the arena's first and last pages, and page tables end in -1."""
+    ends = [(140, 141), (15, 16), (64, 65), (0, 1), (300, 301), (63, 64), (129, 130)]
+    case = {"page_size": page_size, "window": window, "kv_dtype": kv_dtype, "seed": 17}
+    step = Step([(start, end - start) for start, end in ends], **case)
+    one = step.run(num_threads=1)
+    assert all(np.isfinite(out).all() for out in one)
+    for num_threads in (2, 3, 50):
+        for a, b in zip(one, step.run(num_threads=num_threads)):
+            np.testing.assert_array_equal(a.view(np.int32), b.view(np.int32))
+
+
 def test_bf16_error_is_at_most_twice_torch():
     torch = pytest.importorskip("torch")
     step = Step([(0, 200)], num_q_heads=4, num_kv_heads=4, kv_dtype="bf16", seed=12)

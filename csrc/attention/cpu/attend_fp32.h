@@ -62,7 +62,7 @@ struct Fp32Tile {
   }
 
   static void write_row(const AttendTask& task, const float* o, float factor, float* out) {
-    for (int d = 0; d < task.head_dim; ++d) out[d] = o[d] * factor;
+    for (int d = 0; d < task.head_dim; ++d) out[d] = (o[d] + 0.0f) * factor;  // as merging leaves it: no -0
   }
 
   // Scores come out in units of log2, or of the cap where there is one.

@@ -17,7 +17,7 @@ constexpr int kColumnBlock = 64;  // columns of o per register block
 
 // 16 bytes of each of 16 rows -> out[i] holds 32-bit word i of every row, one row a lane. The 128-bit columns are
 // gathered by masked broadcast loads, which leaves only 8 shuffles.
-inline void transpose_16_rows(const std::byte* rows, size_t stride, __m512i out[4]) {
+__attribute__((always_inline)) inline void transpose_16_rows(const std::byte* rows, size_t stride, __m512i out[4]) {
   __m512i r[4];
   for (int i = 0; i < 4; ++i) {
     const auto row = [&](int index) {
@@ -196,7 +196,7 @@ void load_v_fp32(const AttendTask& task, const Scratch& s, const TokenGroup& gro
 }
 
 // Byte-interleaves four rows: out[j] lane i * 4 + k holds byte 16 i + 4 j + k of the rows.
-inline void interleave_4_rows(const __m512i r[4], __m512i out[4]) {
+__attribute__((always_inline)) inline void interleave_4_rows(const __m512i r[4], __m512i out[4]) {
   const __m512i low01 = _mm512_unpacklo_epi8(r[0], r[1]);
   const __m512i high01 = _mm512_unpackhi_epi8(r[0], r[1]);
   const __m512i low23 = _mm512_unpacklo_epi8(r[2], r[3]);
