@@ -17,8 +17,7 @@ namespace {
 
 constexpr int kTileTokens = 12;        // x 2 tiles of rows: 24 accumulators
 constexpr int64_t kBlockInputs = 128;  // K block of dequantised weights: 2 x 16 rows x 128 x 4 bytes = 16 KB
-constexpr int kMaxStreamTokens = 4;    // float weights are read straight from packed tiles up to here
-constexpr int kStreamTiles = 2;        // independent chains, so that one token is bound by memory
+constexpr int kMaxStreamTokens = 8;    // float weights are read straight from packed tiles up to here
 
 __m512 load_halves(const std::byte* halves) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
@@ -166,7 +165,7 @@ void dot_stream(const std::byte* tiles, int64_t tile_bytes, const std::byte* pre
   constexpr int kLineInputs = F == WeightFormat::kF32 ? 1 : 2;
   TilesAhead<R> ahead(tiles, tile_bytes, prefetch_end);
   __m512 acc[T][R];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) acc[t][r] = _mm512_setzero_ps();
@@ -175,13 +174,13 @@ void dot_stream(const std::byte* tiles, int64_t tile_bytes, const std::byte* pre
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const __m512 line = load_float_line<F>(tiles + r * tile_bytes, k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int t = 0; t < T; ++t)
         acc[t][r] = _mm512_fmadd_ps(
             line, _mm512_set1_ps(*reinterpret_cast<const float*>(prepared + t * row_bytes + 4 * k)), acc[t][r]);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) _mm512_storeu_ps(sums + t * sums_stride + r * 16, acc[t][r]);
@@ -191,17 +190,19 @@ template <WeightFormat F>
 void multiply_stream(const TileProduct& p) {
   using Dot =
       void (*)(const std::byte*, int64_t, const std::byte*, int64_t, const std::byte*, int64_t, float*, int64_t);
-  static constexpr Dot kTwo[kMaxStreamTokens] = {dot_stream<F, kStreamTiles, 1>, dot_stream<F, kStreamTiles, 2>,
-                                                 dot_stream<F, kStreamTiles, 3>, dot_stream<F, kStreamTiles, 4>};
+  static constexpr Dot kTwo[kMaxStreamTokens] = {dot_stream<F, 2, 1>, dot_stream<F, 2, 2>, dot_stream<F, 2, 3>,
+                                                 dot_stream<F, 2, 4>, dot_stream<F, 2, 5>, dot_stream<F, 2, 6>,
+                                                 dot_stream<F, 2, 7>, dot_stream<F, 2, 8>};
   static constexpr Dot kOne[kMaxStreamTokens] = {dot_stream<F, 1, 1>, dot_stream<F, 1, 2>, dot_stream<F, 1, 3>,
-                                                 dot_stream<F, 1, 4>};
+                                                 dot_stream<F, 1, 4>, dot_stream<F, 1, 5>, dot_stream<F, 1, 6>,
+                                                 dot_stream<F, 1, 7>, dot_stream<F, 1, 8>};
   const TileLayout& layout = *p.layout;
   for (int64_t tile = 0; tile < p.num_tiles;) {
-    const bool is_pair = tile + kStreamTiles <= p.num_tiles;
+    const bool is_pair = tile + 2 <= p.num_tiles;
     (is_pair ? kTwo : kOne)[p.num_tokens - 1](p.tiles + tile * layout.tile_bytes, layout.tile_bytes, p.prefetch_end,
                                               layout.in_features, p.prepared, p.prepared_row_bytes,
                                               p.sums + tile * kTileRows, p.sums_stride);
-    tile += is_pair ? kStreamTiles : 1;
+    tile += is_pair ? 2 : 1;
   }
 }
 
