@@ -159,35 +159,25 @@ void dot_packed_tiles(const TileLayout& layout, const std::byte* tiles, const st
     for (int r = 0; r < R; ++r) _mm512_storeu_ps(sums + t * sums_stride + r * kTileRows, acc[t][r]);
 }
 
-// An unpacked group of R tiles: [8][R] lines of u8 codes, [halves][R][16] fp32 scales, [R][16] fp32 mins.
+// An unpacked group of R tiles: [8][R] lines of u8 codes (of nibbles), [halves][R][16] fp32 scales, [R][16] fp32 mins.
 template <WeightFormat F>
 constexpr int unpacked_group_bytes(int num_tiles) {
   return num_tiles * (512 + 64 * num_halves(F) + (has_min(F) ? 64 : 0));
 }
 
-template <WeightFormat F, int R>
-void unpack_groups(const TileLayout& layout, const std::byte* tiles, int64_t first_group, int64_t num_groups,
-                   std::byte* unpacked) {
-  for (int64_t g = first_group; g < first_group + num_groups; ++g, unpacked += unpacked_group_bytes<F>(R)) {
-#pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) {
-      const std::byte* tile = tiles + r * layout.tile_bytes;
-#pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j) _mm512_store_si512(unpacked + (j * R + r) * 64, load_codes<F>(tile, g, j));
-      const Parameters parameters = load_parameters<F>(layout, tile, g);
-      auto* floats = reinterpret_cast<float*>(unpacked + 512 * R);
-      constexpr int kHalves = num_halves(F);
-#pragma GCC unroll 2
-      for (int h = 0; h < kHalves; ++h) _mm512_store_ps(floats + (h * R + r) * 16, parameters.scale[h]);
-      if constexpr (has_min(F)) _mm512_store_ps(floats + (kHalves * R + r) * 16, parameters.min);
-    }
-  }
-}
+// A K block of R tiles: groups [first, end).
+struct WeightBlock {
+  const TileLayout* layout;
+  const std::byte* tiles;
+  int64_t first_group, end_group;
+  std::byte* unpacked;
+};
 
-// Many tokens: R tiles x T tokens over one K block of unpacked weights.
-template <WeightFormat F, int R, int T>
-void dot_unpacked(const std::byte* unpacked, int64_t num_groups, const std::byte* prepared, int64_t row_bytes,
-                  float* sums, int64_t sums_stride, bool is_first_block) {
+// Many tokens: R tiles x T tokens over one K block. The first tokens unpack it on their way, so that the stores of
+// unpacking go on beside their dots; the others read what they left.
+template <WeightFormat F, int R, int T, bool kUnpacks>
+void dot_block(const WeightBlock& block, const std::byte* prepared, int64_t row_bytes, float* sums,
+               int64_t sums_stride) {
   constexpr int kHalves = num_halves(F);
   constexpr int kSteps = 8 / kHalves;
   __m512 acc[T][R];
@@ -195,9 +185,20 @@ void dot_unpacked(const std::byte* unpacked, int64_t num_groups, const std::byte
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r)
-      acc[t][r] = is_first_block ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + t * sums_stride + r * 16);
-  for (int64_t g = 0; g < num_groups; ++g) {
-    const auto* floats = reinterpret_cast<const float*>(unpacked + 512 * R);
+      acc[t][r] = block.first_group == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + t * sums_stride + r * 16);
+  std::byte* unpacked = block.unpacked;
+  prepared += block.first_group * sizeof(ActivationGroup);
+  for (int64_t g = block.first_group; g < block.end_group; ++g) {
+    auto* floats = reinterpret_cast<float*>(unpacked + 512 * R);
+    if constexpr (kUnpacks) {
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        const Parameters parameters = load_parameters<F>(*block.layout, block.tiles + r * block.layout->tile_bytes, g);
+#pragma GCC unroll 2
+        for (int h = 0; h < kHalves; ++h) _mm512_store_ps(floats + (h * R + r) * 16, parameters.scale[h]);
+        if constexpr (has_min(F)) _mm512_store_ps(floats + (kHalves * R + r) * 16, parameters.min);
+      }
+    }
 #pragma GCC unroll 2
     for (int h = 0; h < kHalves; ++h) {
       __m512i dot[T][R];
@@ -212,7 +213,14 @@ void dot_unpacked(const std::byte* unpacked, int64_t num_groups, const std::byte
       for (int j = h * kSteps; j < (h + 1) * kSteps; ++j) {
         __m512i codes[R];
 #pragma GCC unroll 2
-        for (int r = 0; r < R; ++r) codes[r] = load_line(unpacked + (j * R + r) * 64);
+        for (int r = 0; r < R; ++r) {
+          std::byte* line = unpacked + (j * R + r) * 64;
+          // Bytes are dotted where they lie.
+          constexpr bool kCopies = is_nibble(F);
+          codes[r] =
+              kUnpacks || !kCopies ? load_codes<F>(block.tiles + r * block.layout->tile_bytes, g, j) : load_line(line);
+          if constexpr (kUnpacks && kCopies) _mm512_store_si512(line, codes[r]);
+        }
 #pragma GCC unroll 6
         for (int t = 0; t < T; ++t) {
           const __m512i activation = broadcast_i32(prepared + t * row_bytes + 4 * j);
@@ -259,9 +267,11 @@ void multiply_packed(const TileProduct& p, int64_t first_tile) {
 
 template <WeightFormat F, int R>
 void multiply_unpacked(const TileProduct& p, int64_t first_tile) {
-  using Dot = void (*)(const std::byte*, int64_t, const std::byte*, int64_t, float*, int64_t, bool);
-  static constexpr Dot kDots[kTileTokens] = {dot_unpacked<F, R, 1>, dot_unpacked<F, R, 2>, dot_unpacked<F, R, 3>,
-                                             dot_unpacked<F, R, 4>, dot_unpacked<F, R, 5>, dot_unpacked<F, R, 6>};
+  using Dot = void (*)(const WeightBlock&, const std::byte*, int64_t, float*, int64_t);
+  // Of more than 8 tokens in tiles of up to 6 none has fewer than 4.
+  static_assert(kMaxPackedTokens == 8 && kTileTokens == 6, "tiles of 1 to 3 tokens are not compiled");
+  static constexpr Dot kDots[2][3] = {{dot_block<F, R, 4, false>, dot_block<F, R, 5, false>, dot_block<F, R, 6, false>},
+                                      {dot_block<F, R, 4, true>, dot_block<F, R, 5, true>, dot_block<F, R, 6, true>}};
   static_assert(kBlockGroups * unpacked_group_bytes<F>(2) <= static_cast<int>(kTileScratchBytes), "scratch too small");
   const TileLayout& layout = *p.layout;
   const int64_t num_blocks = (layout.num_groups + kBlockGroups - 1) / kBlockGroups;
@@ -269,16 +279,14 @@ void multiply_unpacked(const TileProduct& p, int64_t first_tile) {
   LinesToCome next(p.tiles + (first_tile + R) * layout.tile_bytes, R * layout.tile_bytes, p.prefetch_end,
                    num_blocks * num_token_tiles);
   for (int64_t block = 0; block < num_blocks; ++block) {
-    const int64_t first_group = layout.num_groups * block / num_blocks;
-    const int64_t num_groups = layout.num_groups * (block + 1) / num_blocks - first_group;
-    unpack_groups<F, R>(layout, p.tiles + first_tile * layout.tile_bytes, first_group, num_groups, p.scratch);
+    const WeightBlock weights{&layout, p.tiles + first_tile * layout.tile_bytes, layout.num_groups * block / num_blocks,
+                              layout.num_groups * (block + 1) / num_blocks, p.scratch};
     for (int64_t i = 0; i < num_token_tiles; ++i) {
       const int64_t token = p.num_tokens * i / num_token_tiles;
       const int64_t tile_tokens = p.num_tokens * (i + 1) / num_token_tiles - token;
       next.step();
-      kDots[tile_tokens - 1](
-          p.scratch, num_groups, p.prepared + token * p.prepared_row_bytes + first_group * sizeof(ActivationGroup),
-          p.prepared_row_bytes, p.sums + token * p.sums_stride + first_tile * kTileRows, p.sums_stride, block == 0);
+      kDots[i == 0][tile_tokens - 4](weights, p.prepared + token * p.prepared_row_bytes, p.prepared_row_bytes,
+                                     p.sums + token * p.sums_stride + first_tile * kTileRows, p.sums_stride);
     }
   }
 }
