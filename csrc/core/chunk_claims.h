@@ -13,7 +13,8 @@ struct ClaimedChunk {
 };
 
 // Chunks [begin, end) of one worker: it takes them from the front, so that it streams through memory; a worker that has
-// none left takes from the back of another's. One word, so that the two cannot cross.
+// none left takes from the back of another's. One word, so that the two cannot cross: fewer than 2^32 chunks, which the
+// tokens of a step times the rows of a matrix, thousands to a chunk, do not come near.
 class alignas(64) ChunkRun {
  public:
   void open(int64_t begin, int64_t end) { range_.store(pack(begin, end), std::memory_order_relaxed); }
@@ -49,8 +50,6 @@ class alignas(64) ChunkRun {
 
   std::atomic<uint64_t> range_{0};
 };
-
-inline constexpr int64_t kMaxChunks = (int64_t{1} << 32) - 1;
 
 // Where the run of worker `run` begins when num_chunks are cut into num_runs.
 inline int64_t run_begin(int64_t num_chunks, int num_runs, int run) { return num_chunks * run / num_runs; }

@@ -98,8 +98,6 @@ class LaneExecution {
         stage.phase = phase;
         stage.begins_node = phase == 0;
         stage.num_chunks = stage.op->num_chunks(*frame, phase);
-        PARTITA_CHECK(stage.num_chunks <= kMaxChunks, nodes[node].name, ": got ", stage.num_chunks,
-                      " chunks, wanted at most ", kMaxChunks);
         stage.num_runs = stage.op->claims_in_runs(phase) ? num_workers : 1;
         stage.runs = next_runs;
         next_runs += stage.num_runs;
