@@ -1,16 +1,16 @@
-# The CUDA half of the kernel library. PARTITA_CUDA: auto (built when a working nvcc is found), on (an error when not),
-# off. Nothing here is needed for a CPU-only build, and a CUDA build still runs on a machine that has no driver: the
-# runtime is linked statically and opens the driver on the first call.
+# libpartita_cuda.so: the device library of real GPUs. PARTITA_CUDA: auto (built when a working nvcc is found), on (an
+# error when not), off. The kernel library opens it at run time, so nothing here is needed for a CPU-only build, and a
+# CUDA build still runs on a machine that has no driver: the runtime is linked statically and opens the driver itself.
 set(PARTITA_CUDA auto CACHE STRING "Build CUDA kernels: auto, on or off")
 set_property(CACHE PARTITA_CUDA PROPERTY STRINGS auto on off)
 string(TOLOWER "${PARTITA_CUDA}" PARTITA_CUDA_CHOICE)
 if(NOT PARTITA_CUDA_CHOICE MATCHES "^(auto|on|off)$")
   message(FATAL_ERROR "PARTITA_CUDA: got '${PARTITA_CUDA}', wanted auto, on or off")
 endif()
-# compute_80 as PTX runs on everything from Ampere on; sm_90a is what wgmma and TMA need.
-set(PARTITA_CUDA_ARCHITECTURES "80-virtual;90a-real" CACHE STRING "CUDA architectures, as CMAKE_CUDA_ARCHITECTURES")
-
-target_link_libraries(partita_kernels PRIVATE ${CMAKE_DL_LIBS})  # core/cuda_status.cpp opens the driver
+# Machine code only: PTX would be compiled by the driver at the first start. The sm_80 family (mma.sync, cp.async) is
+# built for each, kernels that need wgmma or TMA for 90a alone.
+set(PARTITA_CUDA_ARCHITECTURES "80-real;89-real;90a-real;120-real" CACHE STRING
+    "CUDA architectures, as CMAKE_CUDA_ARCHITECTURES")
 
 set(PARTITA_CUDA_FOUND FALSE)
 if(PARTITA_CUDA_CHOICE STREQUAL "off")
@@ -39,19 +39,36 @@ endif()
 if(PARTITA_CUDA_FOUND)
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)
-  file(GLOB PARTITA_CUDA_SOURCES CONFIGURE_DEPENDS csrc/*/cuda/*.cu)
-  add_library(partita_cuda OBJECT ${PARTITA_CUDA_SOURCES})
-  # Replaces the directory's options, which are the host compiler's and not nvcc's.
-  set_target_properties(partita_cuda PROPERTIES COMPILE_OPTIONS "-Xcompiler=-Wall;-Xcompiler=-Wextra"
-                        CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY None)
-  target_include_directories(partita_cuda PRIVATE csrc)
-  target_sources(partita_kernels PRIVATE $<TARGET_OBJECTS:partita_cuda>)
-  set_target_properties(partita_kernels PROPERTIES LINKER_LANGUAGE CXX)
-  target_link_libraries(partita_kernels PRIVATE CUDA::cudart_static)
+  if(CUDAToolkit_VERSION VERSION_LESS 12.4)
+    message(FATAL_ERROR "CUDA: got toolkit ${CUDAToolkit_VERSION}, wanted 12.4 or later (green contexts)")
+  endif()
+  # The directory's options are the host compiler's and not nvcc's: these replace them. The resource report of every
+  # kernel goes to the build's output, where tools/ptxas_report.py reads it.
+  set(PARTITA_NVCC_OPTIONS "-Xcompiler=-Wall,-Wextra,-fvisibility=hidden" -Xptxas=-v --expt-relaxed-constexpr)
+  add_library(partita_cuda_family OBJECT ${PARTITA_FAMILY_SOURCES})
+  set(PARTITA_CUDA_TARGETS_LIST partita_cuda_family)
+  if("${PARTITA_CUDA_ARCHITECTURES}" MATCHES "90a" AND PARTITA_SM90_SOURCES)
+    add_library(partita_cuda_sm90 OBJECT ${PARTITA_SM90_SOURCES})
+    set_target_properties(partita_cuda_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
+    list(APPEND PARTITA_CUDA_TARGETS_LIST partita_cuda_sm90)
+  endif()
+  foreach(target IN LISTS PARTITA_CUDA_TARGETS_LIST)
+    set_target_properties(${target} PROPERTIES COMPILE_OPTIONS "${PARTITA_NVCC_OPTIONS}" CUDA_STANDARD 17
+                          CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY None)
+    target_include_directories(${target} PRIVATE csrc)
+  endforeach()
   string(REPLACE ";" "," PARTITA_CUDA_TARGETS "${PARTITA_CUDA_ARCHITECTURES}")
-  file(GLOB PARTITA_CUDA_HOST_SOURCES CONFIGURE_DEPENDS csrc/*/*_cuda.cpp csrc/core/cuda_status.cpp)
-  set_property(SOURCE ${PARTITA_CUDA_HOST_SOURCES} APPEND PROPERTY COMPILE_DEFINITIONS PARTITA_WITH_CUDA
-               "PARTITA_CUDA_TOOLKIT=\"${CUDAToolkit_VERSION_MAJOR}.${CUDAToolkit_VERSION_MINOR}\""
-               "PARTITA_CUDA_TARGETS=\"${PARTITA_CUDA_TARGETS}\"")
+  file(GLOB PARTITA_CUDA_HOST_SOURCES CONFIGURE_DEPENDS csrc/core/cuda/*.cpp)
+  add_library(partita_cuda MODULE csrc/core/kernel_registry.cpp ${PARTITA_CUDA_HOST_SOURCES})
+  foreach(target IN LISTS PARTITA_CUDA_TARGETS_LIST)
+    target_sources(partita_cuda PRIVATE $<TARGET_OBJECTS:${target}>)
+  endforeach()
+  set_target_properties(partita_cuda PROPERTIES LINKER_LANGUAGE CXX CXX_VISIBILITY_PRESET hidden)
+  target_include_directories(partita_cuda PRIVATE csrc)
+  target_compile_definitions(partita_cuda PRIVATE
+    "PARTITA_CUDA_TOOLKIT=\"${CUDAToolkit_VERSION_MAJOR}.${CUDAToolkit_VERSION_MINOR}\""
+    "PARTITA_CUDA_TARGETS=\"${PARTITA_CUDA_TARGETS}\"")
+  target_link_libraries(partita_cuda PRIVATE CUDA::cudart_static ${CMAKE_DL_LIBS} Threads::Threads)
+  install(TARGETS partita_cuda LIBRARY DESTINATION runtime)
   message(STATUS "CUDA: on (toolkit ${CUDAToolkit_VERSION}, architectures ${PARTITA_CUDA_TARGETS})")
 endif()

@@ -22,6 +22,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(params=["simt", pytest.param("cuda", marks=pytest.mark.gpu)])
+def gpu(request):
+    """The device of each world: host execution of the CUDA sources, and a real GPU where there is one."""
+    from runtime import _native
+
+    return _native.open_gpu(request.param)
+
+
 def pytest_report_header() -> str:
     """The level that the native code runs at, in the first lines of every log."""
     try:

@@ -43,6 +43,7 @@ struct DlManagedTensorVersioned {
   DlTensor tensor;
 };
 constexpr int32_t kDlCpu = 1;
+constexpr int32_t kDlCuda = 2;
 constexpr int32_t kDlCudaHost = 3;  // pinned, but the CPU's
 constexpr uint64_t kDlReadOnly = 1;
 
@@ -167,6 +168,25 @@ ArrayArgument::ArrayArgument(py::handle object, const char* name, bool writable)
                 " bytes, wanted an aligned array");
 }
 
+ArrayArgument ArrayArgument::on_cuda(py::handle object, const char* name, int cuda_ordinal) {
+  ArrayArgument argument;
+  argument.view_.name = name;
+  argument.cuda_ordinal_ = cuda_ordinal;
+  if (!argument.from_dlpack(object, /*writable=*/false))
+    throw TypeMismatch(concat(name, ": got ", Py_TYPE(object.ptr())->tp_name,
+                              ", wanted a GpuArray or an array that speaks DLPack on CUDA device ", cuda_ordinal));
+  return argument;
+}
+
+void ArrayArgument::check_dlpack_device(int32_t type, int32_t ordinal) const {
+  if (cuda_ordinal_ >= 0)
+    PARTITA_CHECK(type == kDlCuda && ordinal == cuda_ordinal_, view_.name, ": got an array on DLPack device type ",
+                  type, device_type_name(type), ", number ", ordinal, ", wanted one on CUDA device ", cuda_ordinal_);
+  else
+    PARTITA_CHECK(type == kDlCpu || type == kDlCudaHost, view_.name, ": got an array on DLPack device type ", type,
+                  device_type_name(type), ", wanted one in CPU memory");
+}
+
 // NumPy arrays, ml_dtypes' bfloat16 among them (whose type the buffer protocol cannot name).
 bool ArrayArgument::from_array_interface(py::handle object, bool writable) {
   if (!py::hasattr(object, "__array_interface__")) return false;
@@ -222,8 +242,7 @@ bool ArrayArgument::from_dlpack(py::handle object, bool writable) {
     // The device first: exporting a GPU tensor would wait for its stream.
     if (py::hasattr(object, "__dlpack_device__")) {
       const auto type = py::tuple(object.attr("__dlpack_device__")())[0].cast<int32_t>();
-      PARTITA_CHECK(type == kDlCpu || type == kDlCudaHost, view_.name, ": got an array on DLPack device type ", type,
-                    device_type_name(type), ", wanted one in CPU memory");
+      check_dlpack_device(type, py::tuple(object.attr("__dlpack_device__")())[1].cast<int32_t>());
     }
     try {
       // Only a versioned capsule can say that it is read-only; older producers do not know the argument.
@@ -249,9 +268,7 @@ bool ArrayArgument::from_dlpack(py::handle object, bool writable) {
     throw TypeMismatch(concat(view_.name, ": got ", Py_TYPE(capsule.ptr())->tp_name,
                               " from __dlpack__, wanted a capsule named dltensor or dltensor_versioned"));
   }
-  PARTITA_CHECK(tensor->device.device_type == kDlCpu || tensor->device.device_type == kDlCudaHost, view_.name,
-                ": got an array on DLPack device type ", tensor->device.device_type,
-                device_type_name(tensor->device.device_type), ", wanted one in CPU memory");
+  check_dlpack_device(tensor->device.device_type, tensor->device.device_id);
   check_ndim(view_.name, tensor->ndim);
   if (tensor->dtype.lanes != 1 || !dtype_from_dlpack(tensor->dtype, &view_.dtype))
     throw TypeMismatch(concat(view_.name, ": got DLPack type code ", int(tensor->dtype.code), " with ",

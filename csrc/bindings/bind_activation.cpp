@@ -1,7 +1,6 @@
 #include <string>
 
 #include "activation/activation.h"
-#include "activation/activation_cuda.h"
 #include "bindings/array_argument.h"
 #include "bindings/register.h"
 #include "core/parallel_for.h"
@@ -11,9 +10,7 @@ namespace py = pybind11;
 namespace partita::bindings {
 namespace {
 
-void gated_activation(const py::object& x, const py::object& out, const std::string& activation,
-                      const std::string& device, int num_threads) {
-  PARTITA_CHECK(device == "cpu" || device == "cuda", "device: got '", device, "', wanted cpu or cuda");
+void gated_activation(const py::object& x, const py::object& out, const std::string& activation, int num_threads) {
   const ArrayArgument x_array(x, "x"), out_array(out, "out", /*writable=*/true);
   x_array->expect(DType::kF32, {-1, -1});
   PARTITA_CHECK(x_array->shape[1] % 2 == 0, "x: got shape ", x_array->shape_text(),
@@ -29,7 +26,6 @@ void gated_activation(const py::object& x, const py::object& out, const std::str
   params.activation = parse_gate_activation(activation);
   activation_check(params);
   const py::gil_scoped_release no_gil;
-  if (device == "cuda") return run_gated_activation_on_gpu(params);
   parallel_for(activation_num_chunks(params), num_threads,
                [&](int64_t chunk, int) { activation_run_chunk(params, chunk); });
 }
@@ -38,7 +34,7 @@ void gated_activation(const py::object& x, const py::object& out, const std::str
 
 void register_activation(py::module_& module) {
   module.def("gated_activation", &gated_activation, py::arg("x"), py::arg("out"), py::arg("activation"),
-             py::arg("device"), py::arg("num_threads"));
+             py::arg("num_threads"));
 }
 
 }  // namespace partita::bindings

@@ -15,6 +15,7 @@ PYBIND11_MODULE(_native, module) {
   using namespace partita::bindings;
   register_core(module);
   register_cuda(module);
+  register_gpu(module);
   register_gemm(module);
   register_attention(module);
   register_norm(module);

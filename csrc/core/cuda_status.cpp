@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "core/check.h"
+#include "core/gpu_library.h"
 
 namespace partita {
 namespace {
@@ -77,17 +78,18 @@ void query_driver(CudaStatus* status) {
 CudaStatus query_status() {
   CudaStatus status;
   query_driver(&status);
-#if defined(PARTITA_WITH_CUDA)
-  status.is_compiled = true;
-  status.toolkit = PARTITA_CUDA_TOOLKIT;
-  status.targets = PARTITA_CUDA_TARGETS;
+  const GpuLibrary& library = gpu_library("cuda");
+  status.is_compiled = library.library != nullptr;
+  if (status.is_compiled) {
+    status.toolkit = library.library->toolkit;
+    status.targets = library.library->targets;
+  } else {
+    status.reason = concat(library.reason, "; PARTITA_CUDA=on with nvcc on the path builds them");
+  }
   if (status.reason.empty() && status.devices[0].compute_capability_major < 8)
     status.reason = concat("device 0, ", status.devices[0].name, ", has compute capability ",
                            status.devices[0].compute_capability_major, ".", status.devices[0].compute_capability_minor,
                            ", wanted at least 8.0");
-#else
-  status.reason = "this library was built without CUDA (PARTITA_CUDA=on with nvcc on the path builds it in)";
-#endif
   return status;
 }
 
@@ -96,11 +98,6 @@ CudaStatus query_status() {
 const CudaStatus& cuda_status() {
   static const CudaStatus status = query_status();
   return status;
-}
-
-void require_cuda(const char* op) {
-  const CudaStatus& status = cuda_status();
-  if (!status.can_run()) throw std::runtime_error(concat(op, ": cannot run on CUDA: ", status.reason));
 }
 
 }  // namespace partita

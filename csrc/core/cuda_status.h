@@ -1,4 +1,4 @@
-// What CUDA offers this process: what was compiled in, which driver and GPUs the machine has.
+// What CUDA offers this process: what lies beside the kernel library, which driver and GPUs the machine has.
 #pragma once
 
 #include <cstddef>
@@ -29,8 +29,5 @@ struct CudaStatus {
 // Asks the driver (libcuda.so.1, opened on the first call; the library does not link it). Never throws for a missing
 // driver or GPU, also in a CPU-only build; takes some 0.1 s the first time where there is one.
 const CudaStatus& cuda_status();
-
-// Throws std::runtime_error that starts with `op` and says why no CUDA kernel can run; returns when one can.
-void require_cuda(const char* op);
 
 }  // namespace partita
