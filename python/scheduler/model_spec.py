@@ -237,7 +237,7 @@ class ModelSpec:
                 operations_per_row=2.0 * hidden * vocab,
                 bytes_per_row=float(value_bytes * (hidden + vocab)),
                 fixed_bytes=float(packed_bytes(output_format, vocab, hidden)),
-            )  # fmt: skip
+            )
         )
         if self.has_soft_cap:
             nodes.append(NodeSpec("soft_cap", -1, "soft_cap", "logit_row", 10.0 * vocab, 2.0 * value_bytes * vocab))

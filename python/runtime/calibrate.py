@@ -1,0 +1,194 @@
+"""``python -m runtime.calibrate``: measures this machine under a model and saves what the cost model needs."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from runtime.engine_args import EngineArgs, parse_or_exit
+
+HELD_OUT_BAR = 0.15  # median relative error of step times that a controller can live with
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Runs short steps of a model on this machine, fits the scheduler's cost model to them and saves it. "
+        "`partita simulate --machine FILE` and the engine's controllers read it. Takes less than a minute.",
+    )
+    parser.add_argument("--output", metavar="FILE", help="default: in the cache folder, by machine and model")
+    parser.add_argument(
+        "--runs", type=int, default=9, metavar="N", help="of each step; the fastest counts (default: 9)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=45.0, metavar="S", help="stop measuring after this long (default: 45)"
+    )
+    EngineArgs.add_arguments(parser)
+    return parser
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as cpuinfo:
+            for line in cpuinfo:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def machine_file(model: str, threads: int, activations: str, kv_dtype: str) -> Path:
+    """Where the file of this machine and model lies."""
+    from runtime import _native
+    from runtime.loading.cache_folder import cache_folder
+
+    key = f"{cpu_name()}|{_native.active_cpu_isa()}|{threads}|{activations}|{kv_dtype}"
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", os.path.basename(model)).strip("-").lower()
+    return cache_folder() / "machines" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+
+
+def fit_grid(max_tokens: int):
+    """Steps to fit to."""
+    from runtime.measured_steps import StepKind
+
+    decodes = [StepKind(n, context) for n in (1, 2, 4, 8, 16, 32) for context in (32, 400)]
+    decodes += [StepKind(64, context) for context in (32, 200)] + [StepKind(n, 1600) for n in (1, 4)]
+    chunks = [StepKind(0, 0, 1, n, start) for n in (16, 32, 64, 128, 256, 512) for start in (0, 512)]
+    chunks += [StepKind(0, 0, 1, 256, 1400), StepKind(0, 0, 8, 16, 0), StepKind(0, 0, 4, 64, 0)]
+    return [kind for kind in decodes + chunks if sum(n for _, n in kind.parts) <= max_tokens]
+
+
+def held_out_grid(max_tokens: int):
+    """Steps of other sizes, mixed ones among them, to judge the fit by."""
+    from runtime.measured_steps import StepKind
+
+    kinds = [StepKind(n, context) for n in (3, 12, 24, 48) for context in (150, 300)]
+    kinds += [StepKind(0, 0, 1, n, start) for n in (48, 100, 200, 400) for start in (0, 300)]
+    kinds += [StepKind(8, 200, 1, 120, 0), StepKind(16, 100, 1, 300, 200), StepKind(30, 300, 1, 450, 0)]
+    kinds += [StepKind(4, 700, 2, 90, 50), StepKind(24, 64, 1, 40, 400)]
+    return [kind for kind in kinds if sum(n for _, n in kind.parts) <= max_tokens]
+
+
+def calibrate(loaded, spec, *, num_runs: int = 9, seconds: float = 45.0, log=print):
+    """The Machine fitted to `loaded` on this machine, its held_out_error set. `log(line)` hears of the findings."""
+    from runtime import _native
+    from runtime.fit_rates import fit_classes, fit_saturation
+    from runtime.measured_steps import StepBench, StepKind
+    from scheduler.cost_model import CostModel
+    from scheduler.machine import Machine
+
+    started_s = time.monotonic()
+    max_tokens = 512
+    cores = _native.usable_core_ids()
+    whole = [cores[i % len(cores)] for i in range(loaded.threads)]
+    bench = StepBench(loaded, [whole], max_tokens, 64)
+    fitted = [kind for kind in fit_grid(max_tokens) if bench.fits(kind)]
+    held_out = [kind for kind in held_out_grid(max_tokens) if bench.fits(kind)]
+    bench.measure(StepKind(4, 64), 3)  # pages of memory and clocks warm up
+    measured = bench.measure_all(fitted + held_out, num_runs, started_s + 0.8 * seconds)
+    steps, judged = measured[: len(fitted)], measured[len(fitted) :]
+    classes = fit_classes(steps, spec)
+    decode, chunk = StepKind(4, 64), StepKind(0, 0, 1, min(256, max_tokens), 0)
+    gap_s = bench.gap_s(StepKind(1, 32))
+    node_sum_gap_s = statistics.median(step.step_s - sum(step.node_s) for step in steps)
+    rungs, saturation, shared = (1.0,), fit_saturation({1.0: 1.0}, {1.0: 1.0}), classes["linear"].bytes_per_s
+    if len(whole) >= 2 and len(set(whole)) == len(whole):
+        half = len(whole) // 2
+        split = StepBench(loaded, [whole[:half], whole[half:]], max_tokens, 64)
+        share = half / len(whole)
+        times = {}
+        for name, kind in (("compute", chunk), ("memory", decode)):
+            of_whole = bench.measure(kind, num_runs).step_s
+            times[name] = {share: split.measure(kind, num_runs).step_s, 1.0: of_whole}
+        saturation = fit_saturation(times["compute"], times["memory"])
+        rungs = tuple(sorted({share, 1.0 - share, 1.0}))
+        draft = Machine("draft", "", classes["linear"].bytes_per_s, classes, saturation=saturation)
+        shared = _shared_rate(split, CostModel(spec, draft), decode, chunk, share, num_runs, log)
+    machine = Machine(
+        name=f"{cpu_name()}, {len(whole)} threads",
+        source=f"measured by partita calibrate on {time.strftime('%Y-%m-%d')}, {_native.active_cpu_isa()}",
+        shared_bytes_per_s=shared,
+        classes=classes,
+        memory_bytes=float(spec.weight_bytes + loaded.kv_plan.arena_bytes),
+        step_overhead_s=gap_s + max(0.0, node_sum_gap_s),
+        result_delay_s=bench.result_delay_s(StepKind(1, 32)),
+        saturation=saturation,
+        rungs=rungs,
+        model=spec.name,
+    )
+    model = CostModel(spec, machine)
+    errors = []
+    for step in judged:
+        predicted_s = model.step_s(step.shape) - gap_s  # a measured step ends with its last node
+        errors.append(predicted_s / step.step_s - 1.0)
+        log(f"held out  {_shown(step.kind):<34} measured {step.step_s * 1e3:8.2f} ms  model {errors[-1]:+7.1%}")
+    absolute = sorted(abs(error) for error in errors)
+    return replace(machine, held_out_error=statistics.median(absolute)), absolute
+
+
+def _shared_rate(split, model, decode, chunk, share: float, num_runs: int, log) -> float:
+    """Bandwidth of all lanes together, from how much a decode step suffers beside another lane's prefill."""
+    demands = [model.step_cost(kind.shape(split.window), share).demand_bytes_per_s for kind in (decode, chunk)]
+    slow_down = split.slow_down(decode, chunk, num_runs)
+    log(f"two lanes a decode step beside a prefill takes {slow_down:.2f} times as long")
+    # StepCost.duration_s stretches memory time by (own + other demand) / shared.
+    return max(sum(demands) / max(slow_down, 1.0), max(demands))
+
+
+def _shown(kind) -> str:
+    parts = []
+    if kind.num_decodes:
+        parts.append(f"{kind.num_decodes} decodes at {kind.decode_context}")
+    if kind.num_chunks:
+        parts.append(f"{kind.num_chunks} x {kind.chunk_tokens} at {kind.chunk_start}")
+    return " + ".join(parts)
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m runtime.calibrate") -> int:
+    parser = build_parser(prog)
+    namespace, args = parse_or_exit(parser, argv)
+    if namespace.runs < 1 or namespace.seconds <= 0:
+        parser.error("--runs must be at least 1 and --seconds above 0")
+    from runtime.describe_model import spec_of
+    from runtime.engine_loader import load_model
+
+    started_s = time.monotonic()
+    try:
+        loaded = load_model(args)
+        spec = spec_of(loaded, args.kv_codecs)
+        machine, errors = calibrate(loaded, spec, num_runs=namespace.runs, seconds=namespace.seconds)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    path = (
+        Path(namespace.output)
+        if namespace.output
+        else machine_file(loaded.name, loaded.threads, loaded.packed.activations, args.kv_dtype)
+    )
+    machine.save(path)
+    for name, rates in machine.classes.items():
+        if name != "default":
+            best = max(rate for _, rate in rates.operations_per_s)
+            print(
+                f"{name:<18} {rates.bytes_per_s / 1e9:8.1f} GB/s {min(best, 9e14) / 1e9:10.1f} G operations/s "
+                f"{rates.overhead_s * 1e6:7.1f} us a node"
+            )
+    worst = errors[int(0.95 * (len(errors) - 1))]
+    print(
+        f"{len(errors)} held-out steps: median error {machine.held_out_error:.1%}, 95 % within {worst:.1%} "
+        f"({'within' if machine.held_out_error <= HELD_OUT_BAR else 'ABOVE'} the bar of {HELD_OUT_BAR:.0%})"
+    )
+    print(f"machine file {path} ({time.monotonic() - started_s:.0f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,190 @@
+"""Steps of chosen shapes on the real engine's Program, node by node timed: what `partita calibrate` fits to."""
+
+from __future__ import annotations
+
+import math
+import time
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from runtime import _native
+from scheduler.step import ScheduledRequest
+from scheduler.step_shape import StepShape, shape_of
+
+
+@dataclass(frozen=True, slots=True)
+class StepKind:
+    """Requests of one step: `num_decodes` of one token each behind `decode_context` tokens, and `num_chunks` of
+    `chunk_tokens` behind `chunk_start`."""
+
+    num_decodes: int = 0
+    decode_context: int = 0
+    num_chunks: int = 0
+    chunk_tokens: int = 0
+    chunk_start: int = 0
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """(start, tokens) of each request."""
+        decodes = [(self.decode_context, 1)] * self.num_decodes
+        return decodes + [(self.chunk_start, self.chunk_tokens)] * self.num_chunks
+
+    def shape(self, window: int) -> StepShape:
+        return shape_of(
+            [ScheduledRequest("", row, start, n, (), True) for row, (start, n) in enumerate(self.parts)], window
+        )
+
+    def num_pages(self, page_size: int) -> int:
+        return sum(-(-(start + n) // page_size) for start, n in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredStep:
+    kind: StepKind
+    shape: StepShape
+    step_s: float  # of the fastest run: other processes only ever add
+    node_s: tuple[float, ...]  # of that run, per node of the program; 0 where nothing ran
+
+
+class StepBench:
+    """Rows, pages and lanes of its own over a loaded model. One lane per core list."""
+
+    def __init__(self, loaded, lane_cores: Sequence[Sequence[int]], max_tokens: int, max_requests: int) -> None:
+        plan = loaded.kv_plan
+        self.program, self.plan = loaded.program, plan
+        self.window = max((group.window for group in plan.groups), default=0)
+        self.max_tokens = max_tokens
+        self.arena = _native.KvArena(list(plan.groups), plan.num_pages)
+        self.rows = _native.RowStore(
+            max_requests, plan.max_model_len, plan.num_groups, plan.page_size, loaded.config.vocab_size
+        )
+        self.completions = _native.CompletionQueue()
+        self.lanes = [
+            _native.Lane(index, list(cores), len(cores), self.completions) for index, cores in enumerate(lane_cores)
+        ]
+        for lane in self.lanes:
+            lane.set_tracing(True)
+        self._sampling = _native.SamplingParams()
+        self._sampling.temperature = 0.0
+        self._max_requests = max_requests
+        self._token_ids = array("i", (7 * i % loaded.config.vocab_size for i in range(plan.max_model_len)))
+
+    def fits(self, kind: StepKind) -> bool:
+        longest = max(start + n for start, n in kind.parts)
+        return (
+            kind.num_pages(self.plan.page_size) * self.plan.num_groups <= self.plan.num_pages
+            and longest < self.plan.max_model_len
+            and sum(n for _, n in kind.parts) <= self.max_tokens
+            and len(kind.parts) <= self._max_requests
+        )
+
+    def new_frame(self):
+        return _native.Frame(self.program, self.arena, self.rows, self.max_tokens, self._max_requests)
+
+    def prepare(self, frame, kind: StepKind, first_row: int = 0, first_page: int = 0):
+        """Makes the frame ready for one run. Pages hold whatever they hold: time does not depend on it."""
+        quadruples = array("i")
+        page = first_page
+        for row, (start, num_tokens) in enumerate(kind.parts, first_row):
+            length = start + num_tokens
+            self.rows.admit(row, self._token_ids[:length], length, self._sampling)
+            num_pages = -(-length // self.plan.page_size)
+            for group in range(self.plan.num_groups):
+                self.rows.set_pages(row, group, 0, list(range(page, page + num_pages)), self.plan.num_pages)
+                page += num_pages
+            quadruples.extend((row, start, num_tokens, 1))
+        frame.prepare(quadruples)
+        return frame
+
+    def measure(self, kind: StepKind, num_runs: int, lane: int = 0) -> MeasuredStep:
+        return self.measure_all([kind], num_runs, lane=lane)[0]
+
+    def measure_all(
+        self, kinds: Sequence[StepKind], num_rounds: int, until_s: float = math.inf, lane: int = 0
+    ) -> list[MeasuredStep]:
+        """Every kind once a round, so that a busy second spoils one run of many kinds and not all runs of one. Ends after
+        a round that passed `until_s` on the monotonic clock; the first round always ends."""
+        frame, best = self.new_frame(), {}
+        for _ in range(num_rounds):
+            for index, kind in enumerate(kinds):
+                completion = self.run(self.prepare(frame, kind), lane)
+                duration_ns = completion["end_ns"] - completion["start_ns"]
+                if index not in best or duration_ns < best[index]["end_ns"] - best[index]["start_ns"]:
+                    best[index] = completion
+            if time.monotonic() > until_s:
+                break
+        return [self._measured(kind, best[index]) for index, kind in enumerate(kinds)]
+
+    def _measured(self, kind: StepKind, completion: dict) -> MeasuredStep:
+        node_s = [0.0] * self.program.num_nodes
+        for node, start_ns, end_ns in completion["spans"]:
+            node_s[node] += (end_ns - start_ns) / 1e9
+        step_s = (completion["end_ns"] - completion["start_ns"]) / 1e9
+        return MeasuredStep(kind, kind.shape(self.window), step_s, tuple(node_s))
+
+    def run(self, frame, lane: int = 0) -> dict:
+        self.lanes[lane].submit(frame, 0, self.program.num_nodes)
+        (completion,) = self.wait(1)
+        return completion
+
+    def wait(self, num: int) -> list[dict]:
+        done: list[dict] = []
+        while len(done) < num:
+            done += self.completions.wait_any(30.0)
+        for completion in done:
+            if completion["error"]:
+                raise RuntimeError(f"calibration step failed: {completion['error']}")
+        return done
+
+    def gap_s(self, kind: StepKind, num_steps: int = 8) -> float:
+        """From the end of a step to the start of the next one that is queued behind it."""
+        num_rows, num_pages = len(kind.parts), kind.num_pages(self.plan.page_size) * self.plan.num_groups
+        num_steps = min(num_steps, self._max_requests // num_rows, self.plan.num_pages // num_pages)
+        frames = [self.prepare(self.new_frame(), kind, i * num_rows, i * num_pages) for i in range(num_steps)]
+        for frame in frames:
+            self.lanes[0].submit(frame, 0, self.program.num_nodes)
+        done = sorted(self.wait(num_steps), key=lambda completion: completion["start_ns"])
+        gaps = sorted(after["start_ns"] - before["end_ns"] for before, after in pairwise(done))
+        return max(0.0, gaps[len(gaps) // 2] / 1e9) if gaps else 0.0
+
+    def result_delay_s(self, kind: StepKind, num_steps: int = 9) -> float:
+        """From the end of a step to this thread knowing of it."""
+        frame, delays = self.new_frame(), []
+        for _ in range(num_steps):
+            completion = self.run(self.prepare(frame, kind))
+            delays.append(time.monotonic() - completion["end_ns"] / 1e9)
+        delays.sort()
+        return max(0.0, delays[len(delays) // 2])
+
+    def slow_down(self, kind: StepKind, other: StepKind, num_runs: int) -> float:
+        """How much longer `kind` takes on lane 0 while lane 1 runs `other` without pause, as a ratio of fastest runs."""
+        alone_s = self.measure(kind, num_runs).step_s
+        num_rows, num_pages = len(kind.parts), kind.num_pages(self.plan.page_size) * self.plan.num_groups
+        watched, beside = self.new_frame(), [self.new_frame(), self.new_frame()]
+        num_beside, in_flight, durations = 0, 0, []
+
+        def submit_other() -> None:
+            nonlocal num_beside, in_flight
+            frame = self.prepare(beside[num_beside % 2], other, num_rows, num_pages)
+            self.lanes[1].submit(frame, 0, self.program.num_nodes)
+            num_beside += 1
+            in_flight += 1
+
+        submit_other()
+        submit_other()
+        while len(durations) < num_runs:
+            self.lanes[0].submit(self.prepare(watched, kind), 0, self.program.num_nodes)
+            is_running = True
+            while is_running:
+                for completion in self.wait(1):
+                    if completion["lane"] == 0:
+                        durations.append((completion["end_ns"] - completion["start_ns"]) / 1e9)
+                        is_running = False
+                    else:
+                        in_flight -= 1
+                        submit_other()
+        if in_flight:
+            self.wait(in_flight)
+        return min(durations) / alone_s
