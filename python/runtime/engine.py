@@ -100,6 +100,7 @@ class Engine:
             "num_preemptions": scheduler.num_preemptions,
             "prefix_queries": scheduler.num_prefix_query_tokens,
             "prefix_hits": scheduler.num_prefix_hit_tokens,
+            "goodput": scheduler.goodput._asdict(),
             "steps": self._num_steps,
             "step_tokens": self._num_step_tokens,
             "last_step_age_s": time.monotonic() - self._last_step_s,
@@ -214,11 +215,13 @@ class Engine:
         seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed % 2**64
         native = _native_sampling(sampling, seed, stop_ids)
         native.check(self.config.vocab_size)
+        service = message.service
         request = Request(
             message.request_id, message.prompt_token_ids,
             max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
-            stop_token_ids=stop_ids, min_tokens=sampling.min_tokens, priority=message.priority,
-            arrival_s=message.arrival_s, namespace=message.cache_salt,
+            stop_token_ids=stop_ids, min_tokens=sampling.min_tokens, priority=service.priority,
+            arrival_s=message.arrival_s, namespace=message.cache_salt, ttft_s=service.seconds("ttft_ms"),
+            tpot_s=service.seconds("tpot_ms"), deadline_s=service.seconds("deadline_ms"), user=service.user,
         )  # fmt: skip
         self._sampling[message.request_id] = native
         self._num_prompt_tokens[message.request_id] = num_prompt_tokens

@@ -18,6 +18,7 @@ from runtime.messages import Delta, Submit
 from runtime.output_assembler import OutputAssembler
 from runtime.request_builder import INLINE_CHARS, Prompt, RequestBuilder, RequestError
 from runtime.sampling_params import SamplingParams
+from runtime.service_level import NO_TARGETS, ServiceLevel
 
 logger = logging.getLogger("partita.front")
 
@@ -299,7 +300,7 @@ class Front:
         sampling: SamplingParams,
         *,
         arrival_s: float,
-        priority: int = 0,
+        service: ServiceLevel = NO_TARGETS,
         cache_salt: str = "",
         param: str = "prompt",
     ) -> Generation:
@@ -307,7 +308,7 @@ class Front:
         engine = self.check_ready()
         self.check_queue(len(prompts) * sampling.n)
         submits = self.builder.build(
-            request_id, prompts, sampling, arrival_s=arrival_s, priority=priority, cache_salt=cache_salt, param=param
+            request_id, prompts, sampling, arrival_s=arrival_s, service=service, cache_salt=cache_salt, param=param
         )
         generation = Generation(self, request_id, prompts)
         for index, submit in enumerate(submits):

@@ -18,6 +18,7 @@ from runtime.output_assembler import OutputAssembler, OutputPiece
 from runtime.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from runtime.request_builder import Prompt, RequestBuilder
 from runtime.sampling_params import SamplingParams
+from runtime.service_level import ServiceLevel
 
 _ALIASES = {"kv_cache_dtype": "kv_dtype", "kv_cache_memory_bytes": "kv_memory", "block_size": "page_size"}
 
@@ -159,14 +160,16 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = False,
+        service_level: ServiceLevel | Sequence[ServiceLevel] | None = None,
     ) -> list[RequestOutput]:
         """Completes every prompt; the answers are in the order of the prompts.
 
         A prompt is a text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``. One SamplingParams
-        serves all, a list one each. ``use_tqdm`` shows a progress line. Raises ValueError before anything runs if a
+        serves all, a list one each; so do ServiceLevels
+        (targets, priority, user). ``use_tqdm`` shows a progress line. Raises ValueError before anything runs if a
         prompt is empty or does not fit, RuntimeError if generation fails.
         """
-        return self._run(self._read_prompts(prompts), sampling_params, use_tqdm)
+        return self._run(self._read_prompts(prompts), sampling_params, use_tqdm, service_level)
 
     def chat(
         self,
@@ -175,11 +178,12 @@ class LLM:
         *,
         use_tqdm: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        service_level: ServiceLevel | Sequence[ServiceLevel] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation, or each of a list of them."""
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [self.read_conversation(one, **(chat_template_kwargs or {})) for one in conversations]
-        return self._run(prompts, sampling_params, use_tqdm)
+        return self._run(prompts, sampling_params, use_tqdm, service_level)
 
     def stream(self, prompt: PromptLike, sampling_params: SamplingParams | None = None) -> Iterator[OutputPiece]:
         """Yields what each step adds to one answer; closing the iterator early aborts it."""
@@ -194,7 +198,7 @@ class LLM:
         sampling = sampling or self.get_default_sampling_params()
         if sampling.n != 1:
             raise ValueError(f"n must be 1 to stream, got {sampling.n}")
-        with self._lock, self._submitted([prompt], [sampling]) as live:
+        with self._lock, self._submitted([prompt], [sampling], [ServiceLevel()]) as live:
             one = next(iter(live.values()))
             while not one.output.finished:
                 self._take_step(live)
@@ -202,7 +206,7 @@ class LLM:
                     yield one.take(self.tokenizer)
                 self._check_failure(one)
 
-    def _run(self, prompts: list[Prompt], sampling_params, use_tqdm: bool) -> list[RequestOutput]:
+    def _run(self, prompts: list[Prompt], sampling_params, use_tqdm: bool, service_level) -> list[RequestOutput]:
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         each = (
@@ -210,7 +214,11 @@ class LLM:
         )
         if len(each) != len(prompts):
             raise ValueError(f"sampling_params has {len(each)} entries for {len(prompts)} prompts")
-        with self._lock, self._submitted(prompts, each) as live:
+        levels = service_level or ServiceLevel()
+        levels = [levels] * len(prompts) if isinstance(levels, ServiceLevel) else list(levels)
+        if len(levels) != len(prompts):
+            raise ValueError(f"service_level has {len(levels)} entries for {len(prompts)} prompts")
+        with self._lock, self._submitted(prompts, each, levels) as live:
             num_total, started_s = len(live), time.monotonic()
             while any(not one.assembler.finished for one in live.values()):
                 self._take_step(live)
@@ -233,12 +241,15 @@ class LLM:
         return answers
 
     @contextlib.contextmanager
-    def _submitted(self, prompts: list[Prompt], each: list[SamplingParams]) -> Iterator[dict[str, _Live]]:
+    def _submitted(
+        self, prompts: list[Prompt], each: list[SamplingParams], levels: list[ServiceLevel]
+    ) -> Iterator[dict[str, _Live]]:
         """All checks first, then submits; what has not finished on the way out is aborted."""
         now = time.monotonic()
         submits: list[tuple[int, Submit]] = []
-        for prompt, sampling in zip(prompts, each, strict=True):
-            built = self.builder.build(f"llm-{next(self._ids)}", [prompt], sampling, arrival_s=now)
+        for prompt, sampling, service in zip(prompts, each, levels, strict=True):
+            request_id = f"llm-{next(self._ids)}"
+            built = self.builder.build(request_id, [prompt], sampling, arrival_s=now, service=service)
             submits += enumerate(built)
         live = {submit.request_id: _Live(self.tokenizer, submit, index) for index, submit in submits}
         try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from runtime.sampling_params import SamplingParams
+from runtime.service_level import NO_TARGETS, ServiceLevel
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,7 @@ class Submit:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams  # n is 1 here: the front fans out
-    priority: int = 0  # lower runs first
+    service: ServiceLevel = NO_TARGETS  # targets, priority, user
     cache_salt: str = ""  # namespace of the prefix cache
     arrival_s: float = 0.0  # time.monotonic() at the front
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from runtime.messages import Submit
 from runtime.sampling_params import SamplingParams
+from runtime.service_level import NO_TARGETS, ServiceLevel
 
 INLINE_CHARS = 4096  # about a millisecond to tokenize; longer texts are worth a thread
 PROBE_CHARS_PER_TOKEN = 8  # a text of more characters than this times the context hardly ever fits
@@ -104,7 +105,7 @@ class RequestBuilder:
         sampling: SamplingParams,
         *,
         arrival_s: float,
-        priority: int = 0,
+        service: ServiceLevel = NO_TARGETS,
         cache_salt: str = "",
         param: str = "prompt",
     ) -> list[Submit]:
@@ -123,6 +124,6 @@ class RequestBuilder:
                 seed = self._seeds.getrandbits(63) if sampling.seed is None else (sampling.seed + i) % 2**64
                 child = replace(sampling, n=1, seed=seed, max_tokens=max_tokens, min_tokens=min_tokens)
                 submits.append(
-                    Submit(f"{request_id}-{len(submits)}", prompt.token_ids, child, priority, cache_salt, arrival_s)
+                    Submit(f"{request_id}-{len(submits)}", prompt.token_ids, child, service, cache_salt, arrival_s)
                 )
         return submits

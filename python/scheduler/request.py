@@ -45,7 +45,9 @@ class Request:
     namespace         prefix-cache namespace (adapter, salt, media): only equal ones share pages
     page_keys         supplied keys of the prompt's full pages, one per page of page_size tokens (from a trace's hash
                       ids, whose token values nobody knows); None: the tokens are the key
-    ttft_s, tpot_s, deadline_s, user    service levels, read by policies; the default policy ignores them
+    ttft_s, tpot_s, deadline_s    service levels (goodput.py), in seconds: to the first token, per token after it, to the
+                      end; the first and the last count from arrival_s. Policies read them; the default one does not
+    user              whose request it is, for fair shares and reports
 
     Raises ValueError for a value out of range, TypeError for a prompt that is not a sequence.
     """
@@ -56,8 +58,8 @@ class Request:
         "num_prompt_tokens", "max_num_tokens",
         # progress; written by scheduler.py
         "status", "output_token_ids", "num_computed_tokens", "next_start", "num_expected_tokens", "num_cached_tokens",
-        "num_plans_in_flight", "num_preemptions", "first_scheduled_s", "finish_reason", "rank", "row", "lane",
-        "admission_threshold",
+        "num_plans_in_flight", "num_preemptions", "first_scheduled_s", "first_token_s", "finish_reason", "rank", "row",
+        "lane", "admission_threshold",
         # pages; written by request_pages.py
         "pages", "page_capacity", "cache_node", "num_published_pages", "publish_at", "num_window_released",
     )  # fmt: skip
@@ -88,6 +90,9 @@ class Request:
             raise ValueError(f"Request.max_tokens: got {max_tokens}, wanted at least 1")
         if min_tokens < 0:
             raise ValueError(f"Request.min_tokens: got {min_tokens}, wanted 0 or more")
+        for name, seconds in (("ttft_s", ttft_s), ("tpot_s", tpot_s), ("deadline_s", deadline_s)):
+            if seconds is not None and not seconds > 0:
+                raise ValueError(f"Request.{name}: got {seconds}, wanted more than 0 seconds or None")
 
         self.request_id = request_id
         self.prompt_token_ids = tuple(prompt_token_ids) if isinstance(prompt_token_ids, list) else prompt_token_ids
@@ -114,6 +119,7 @@ class Request:
         self.num_plans_in_flight = 0
         self.num_preemptions = 0
         self.first_scheduled_s: float | None = None
+        self.first_token_s: float | None = None  # the clock at its first token
         self.finish_reason: str | None = None
         self.rank: tuple = ()  # the policy's order, smaller first; set at arrival
         self.row: int | None = None

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from scheduler.composer import Composer, Composition
 from scheduler.config import SchedulerConfig
+from scheduler.goodput import GoodputCounter, GoodputStats, outcome_of
 from scheduler.policy import policy_named
 from scheduler.prefix_cache import PrefixNode
 from scheduler.queues import RunningList, WaitingQueue
@@ -64,6 +65,7 @@ class SchedulerStats(NamedTuple):
     num_preemptions: int
     num_prefix_query_tokens: int  # prompt tokens of admitted requests
     num_prefix_hit_tokens: int  # of those, found in the prefix cache
+    goodput: GoodputStats = GoodputStats()  # service levels kept and missed
 
 
 class Flight(NamedTuple):
@@ -94,6 +96,7 @@ class Scheduler:
         self._num_preemptions = 0
         self._num_prefix_query_tokens = 0
         self._num_prefix_hit_tokens = 0
+        self._goodput = GoodputCounter()
 
     def on_event(self, event: Event, now: float) -> list[LanePlan]:
         """Takes one event and returns the plans it made possible, in the order in which each lane must run them.
@@ -101,7 +104,7 @@ class Scheduler:
         now is the driver's clock in seconds, real or virtual. Raises ValueError for a result of a plan that is not the
         oldest in flight on its lane, and for a request id that is still in use; nothing has changed then.
         """
-        self._take(event)
+        self._take(event, now)
         return self._plan_lanes(now)
 
     def on_events(self, events: Iterable[Event], now: float) -> list[LanePlan]:
@@ -110,7 +113,7 @@ class Scheduler:
         If an event is refused (see on_event), those before it have been taken, it and those after it have not.
         """
         for event in events:
-            self._take(event)
+            self._take(event, now)
         return self._plan_lanes(now)
 
     def take_outputs(self) -> list[TokenOutput]:
@@ -145,6 +148,7 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             num_prefix_query_tokens=self._num_prefix_query_tokens,
             num_prefix_hit_tokens=self._num_prefix_hit_tokens,
+            goodput=self._goodput.stats(),
         )
 
     def reset_prefix_cache(self) -> None:
@@ -174,15 +178,15 @@ class Scheduler:
 
     # Events
 
-    def _take(self, event: Event) -> None:
+    def _take(self, event: Event, now: float) -> None:
         if isinstance(event, LaneFinished):
-            self._land(event.result)
+            self._land(event.result, now)
         elif isinstance(event, Arrival):
             self._arrive(event.request)
         elif isinstance(event, AbortRequest):
             request = self._requests.get(event.request_id)
             if request is not None:  # else it ended while the abort was on its way
-                self._finish(request, event.reason)
+                self._finish(request, event.reason, now)
         elif not isinstance(event, (CopyDone, Timer)):  # those change nothing by themselves: they wake the planner
             raise TypeError(f"Scheduler: got event {type(event).__name__}, wanted one of scheduler.step.Event")
 
@@ -215,7 +219,7 @@ class Scheduler:
             )
         return None
 
-    def _land(self, result: LaneResult) -> None:
+    def _land(self, result: LaneResult, now: float) -> None:
         """A plan's result: its tokens are computed, its samples known."""
         flights = self._lanes[result.lane] if 0 <= result.lane < len(self._lanes) else ()
         if not flights or flights[0].plan.plan_id != result.plan_id:
@@ -242,7 +246,7 @@ class Scheduler:
                 missing = (
                     "the lane's result names no token for it" if token_id == MISSING else "the logits were not finite"
                 )
-                self._finish(request, "error", why_failed.get(request_id, missing))
+                self._finish(request, "error", now, why_failed.get(request_id, missing))
                 continue
 
             num_computed = request.num_computed_tokens = request.num_computed_tokens + num_tokens
@@ -260,31 +264,35 @@ class Scheduler:
                     finish_reason, stop_token_id = "stop", token_id
                 elif num_outputs == request.max_tokens:
                     finish_reason = "length"
-                first_s = request.first_scheduled_s if num_outputs == 1 else None
+                first_s = None
+                if num_outputs == 1:
+                    first_s, request.first_token_s = request.first_scheduled_s, now
                 num_cached = request.num_cached_tokens
                 output = (request_id, (token_id,), finish_reason, stop_token_id, num_cached, None, first_s)
                 outputs.append(make_tuple(TokenOutput, output))
                 if finish_reason is not None:
-                    self._retire(request, finish_reason)
+                    self._retire(request, finish_reason, now)
             if request.status is PREEMPTED and request.num_plans_in_flight == 0:
                 self._drained(request)
 
     # Lives and ends
 
-    def _finish(self, request: Request, reason: str, error: str | None = None) -> None:
+    def _finish(self, request: Request, reason: str, now: float, error: str | None = None) -> None:
         """Ends a request for a reason that is no token."""
         first_scheduled = None if request.output_token_ids else request.first_scheduled_s
         self._outputs.append(
             TokenOutput(request.request_id, (), reason, None, request.num_cached_tokens, error, first_scheduled)
         )
-        self._retire(request, reason)
+        self._retire(request, reason, now)
 
-    def _retire(self, request: Request, reason: str) -> None:
+    def _retire(self, request: Request, reason: str, now: float) -> None:
         was_running = request.status is RUNNING
         is_holding = was_running or request in self._draining
         request.status = FINISHED
         request.finish_reason = reason
         del self._requests[request.request_id]
+        if reason in ("stop", "length", "error"):  # an abort says nothing of how well it was served
+            self._count_goodput(request, reason, now)
         if was_running:
             self._running.remove(request)
         if is_holding:
@@ -299,6 +307,15 @@ class Scheduler:
         self._num_preemptions += 1
         self._running.remove(request)
         self._drain(request)
+
+    def _count_goodput(self, request: Request, reason: str, now: float) -> None:
+        arrival_s, first_token_s = request.arrival_s, request.first_token_s
+        outcome = outcome_of(
+            request.ttft_s, request.tpot_s, request.deadline_s,
+            first_token_s=None if first_token_s is None else first_token_s - arrival_s, end_s=now - arrival_s,
+            num_tokens=request.num_output_tokens,
+        )  # fmt: skip
+        self._goodput.add(outcome, request.num_output_tokens, has_failed=reason == "error")
 
     def _drain(self, request: Request) -> None:
         """Row and pages go back now, or with the last result that names the request."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from runtime.engine_args import EngineArgs
 from runtime.engine_loader import LoadedModel, load_model, start_engine
 from runtime.messages import Delta, Submit
 from runtime.sampling_params import SamplingParams
+from runtime.service_level import ServiceLevel
 
 
 @dataclass
@@ -50,9 +52,10 @@ class EngineUnderTest:
         request_id = f"r{self._num_submitted}"
         self._num_submitted += 1
         self.answers[request_id] = Answer()
-        priority = sampling.pop("priority", 0)
+        fields = ("ttft_ms", "tpot_ms", "deadline_ms", "priority", "user")
+        service = ServiceLevel(**{name: sampling.pop(name) for name in fields if name in sampling})
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 16, "ignore_eos": True, **sampling})
-        self.engine.submit(Submit(request_id, tuple(prompt), params, priority))
+        self.engine.submit(Submit(request_id, tuple(prompt), params, service, arrival_s=time.monotonic()))
         return request_id
 
     def wait(self, request_id: str, timeout_s: float = 120.0) -> Answer:

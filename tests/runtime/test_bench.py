@@ -160,6 +160,20 @@ def test_summary_follows_the_definitions():
     assert summary["total_token_throughput"] == pytest.approx(13.0)
 
 
+def test_serve_sends_targets_and_reports_what_was_kept(server, tmp_path, capsys):
+    path = tmp_path / "slo.json"
+    flags = f"--base-url {server.url} --num-prompts 6 --input-len 8 --output-len 4 --output-json {path}"
+    assert serve.main([*flags.split(), "--slo", "ttft=10000,tpot=0.01"]) == 0
+    service = server.engine.submits[-1].service
+    assert (service.ttft_ms, service.tpot_ms, service.deadline_ms) == (10000.0, 0.01, None)
+    result = json.loads(path.read_text())
+    assert (result["ttft_attainment"], result["tpot_attainment"], result["slo_attainment"]) == (1.0, 0.0, 0.0)
+    assert result["token_goodput"] == 0.0 and "SLO attainment (%)" in capsys.readouterr().out
+    assert serve.main([*flags.split(), "--slo", "deadline=60000"]) == 0
+    result = json.loads(path.read_text())
+    assert result["slo_attainment"] == 1.0 and result["token_goodput"] == pytest.approx(24 / result["duration"])
+
+
 def test_serve_reports_failures(server, capsys):
     flags = f"--base-url {server.url} --num-prompts 2 --input-len 600 --num-warmups 0"
     assert serve.main(flags.split()) == 1
@@ -173,7 +187,8 @@ def test_serve_reports_failures(server, capsys):
     ("arguments", "says"),
     [
         ("serve --num-prompts 0", "num-prompts"), ("serve --request-rate 0", "request-rate"),
-        ("serve --goodput itl:3", "goodput"), ("serve --percentile-metrics xyz", "percentile-metrics"),
+        ("serve --goodput itl:3", "goodput"), ("serve --slo itl=3", "slo"),
+        ("serve --percentile-metrics xyz", "percentile-metrics"),
         ("serve --dataset-name custom", "dataset-path"), ("serve --max-concurrency 0", "max-concurrency"),
         ("latency --batch-size 0", "batch-size"), ("throughput --random-range-ratio 1", "range-ratio"),
     ],

@@ -100,6 +100,18 @@ def test_logprobs_come_with_every_token(tiny):
         assert [p for _, p in entry.top] == sorted((p for _, p in entry.top), reverse=True)
 
 
+def test_service_levels_reach_the_scheduler_and_goodput_comes_back(tiny):
+    path, loaded = tiny
+    with running_engine(path, loaded=loaded, max_model_len=256) as engine:
+        engine.wait(engine.submit(random_prompt(loaded), max_tokens=4, ttft_ms=60_000.0, tpot_ms=60_000.0))
+        engine.wait(engine.submit(random_prompt(loaded), max_tokens=4, ttft_ms=0.001))
+        engine.wait(engine.submit(random_prompt(loaded), max_tokens=4, deadline_ms=0.001, user="b"))
+        goodput = engine.engine.stats()["goodput"]
+    assert (goodput["num_finished"], goodput["num_good"], goodput["num_good_tokens"]) == (3, 1, 4)
+    assert (goodput["num_ttft_targets"], goodput["num_ttft_kept"]) == (2, 1)
+    assert (goodput["num_tpot_kept"], goodput["num_deadlines"], goodput["num_deadlines_kept"]) == (1, 1, 0)
+
+
 def test_lower_priority_numbers_run_first(tiny):
     path, loaded = tiny
     with running_engine(path, loaded=loaded, max_model_len=256, max_num_seqs=1) as engine:

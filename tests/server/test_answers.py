@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from runtime.service_level import ServiceLevel
 from tests.server.serving import MODEL, serve
 from tests.server.tiny_tokenizer import EOS, tiny_template, tiny_tokenizer
 
@@ -224,7 +225,22 @@ def test_sampling_reaches_the_engine(server):
     penalties = (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty)
     assert penalties == (0.5, -0.5, 1.1)
     assert (sampling.seed, sampling.logit_bias, sampling.min_tokens) == (3, ((7, 2.5),), 1)
-    assert (submit.priority, submit.cache_salt, sampling.n, sampling.max_tokens) == (-2, "mine", 1, 16)
+    assert (submit.service.priority, submit.cache_salt, sampling.n, sampling.max_tokens) == (-2, "mine", 1, 16)
+
+
+def test_service_levels_come_from_the_body_and_where_it_is_silent_from_headers(server):
+    headers = {
+        "x-partita-ttft-ms": "900",
+        "x-partita-tpot-ms": "30.5",
+        "x-partita-user": "team",
+        "x-partita-priority": "4",
+    }
+    server.post("/v1/completions", {"prompt": "hello", "ttft_ms": 250, "deadline_ms": 5000, "max_tokens": 1}, headers)
+    assert server.engine.submits[-1].service == ServiceLevel(250, 30.5, 5000, 4, "team")
+    server.chat(max_tokens=1)
+    assert server.engine.submits[-1].service == ServiceLevel()
+    refused = server.post("/v1/completions", {"prompt": "hello"}, {"x-partita-ttft-ms": "fast"})
+    assert refused.status == 400 and "x-partita-ttft-ms" in refused.json()["error"]["message"]
 
 
 def test_models_own_sampling_defaults_apply_and_give_way():

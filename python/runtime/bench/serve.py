@@ -107,6 +107,10 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         metavar="METRIC:MS",
         help="count requests within these, such as ttft:500 tpot:50",
     )
+    group.add_argument(
+        "--slo", metavar="TARGETS",
+        help="the same as --goodput, as ttft=500,tpot=50 in milliseconds, and every request carries them as its targets",
+    )  # fmt: skip
     group.add_argument("--label", metavar="TEXT")
     group.add_argument("--save-result", action="store_true", help="write the JSON file")
     group.add_argument("--save-detailed", action="store_true", help="with every request in it")
@@ -238,8 +242,14 @@ def summarise(
         "total_token_throughput": (num_input + num_output) / duration_s,
     }
     if goodput:
-        within = sum(_is_within(result, goodput) for result in good)
-        summary["request_goodput"] = within / duration_s
+        within = [result for result in good if _is_within(result, goodput)]
+        summary["request_goodput"] = len(within) / duration_s
+        summary["token_goodput"] = sum(result.output_tokens for result in within) / duration_s
+        # Of all that were sent: who failed kept nothing.
+        summary["slo_attainment"] = len(within) / len(results) if results else 0.0
+        for name, limit_ms in goodput.items():
+            num_kept = sum(_is_within(result, {name: limit_ms}) for result in good)
+            summary[f"{name}_attainment"] = num_kept / len(results) if results else 0.0
     for name, seconds in series.items():
         values_ms = [value * 1e3 for value in seconds]
         summary[f"mean_{name}_ms"] = mean(values_ms)
@@ -271,6 +281,17 @@ def parse_goodput(pairs: Sequence[str]) -> dict[str, float]:
     return goodput
 
 
+def parse_slo(text: str) -> tuple[dict[str, float], dict[str, float]]:
+    """``"ttft=500,tpot=50,deadline=9000"`` -> (limits for goodput, fields that a request carries). Raises ValueError."""
+    goodput, fields = {}, {}
+    for pair in text.split(","):
+        name, equals, limit = pair.strip().partition("=")
+        if not equals or name not in ("ttft", "tpot", "deadline"):
+            raise ValueError(f"--slo must be such as ttft=500,tpot=50 of ttft, tpot, deadline, got {text!r}")
+        goodput["e2el" if name == "deadline" else name] = fields[f"{name}_ms"] = float(limit)
+    return goodput, fields
+
+
 def print_report(summary: dict[str, Any], metrics: Sequence[str], percents: Sequence[float]) -> None:
     def line(label: str, value, form: str = "<10.2f") -> None:
         print(f"{label:<40} {value:{form}}")
@@ -284,6 +305,11 @@ def print_report(summary: dict[str, Any], metrics: Sequence[str], percents: Sequ
     line("Request throughput (req/s):", summary["request_throughput"])
     if summary["request_goodput"] is not None:
         line("Request goodput (req/s):", summary["request_goodput"])
+        line("Token goodput (tok/s):", summary["token_goodput"])
+        line("SLO attainment (%):", 100 * summary["slo_attainment"])
+        for name in METRICS:
+            if f"{name}_attainment" in summary:
+                line(f"{name.upper()} attainment (%):", 100 * summary[f"{name}_attainment"])
     line("Output token throughput (tok/s):", summary["output_throughput"])
     line("Total token throughput (tok/s):", summary["total_token_throughput"])
     line("Peak concurrent requests:", summary["max_concurrent_requests"], "<10d")
@@ -370,7 +396,7 @@ async def _run(namespace: argparse.Namespace, launched: LaunchedServer | None) -
     finally:
         await client.close()
     percents = parse_percentiles(namespace.metric_percentiles)
-    summary = summarise(results, duration_s, percents, parse_goodput(namespace.goodput))
+    summary = summarise(results, duration_s, percents, namespace.goodput)
     rate = namespace.request_rate
     result = {
         "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
@@ -409,7 +435,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m runtime.be
     try:
         check_dataset_arguments(namespace)
         percents = parse_percentiles(namespace.metric_percentiles)
-        parse_goodput(namespace.goodput)
+        namespace.goodput = parse_goodput(namespace.goodput)
+        if namespace.slo is not None:
+            limits, targets = parse_slo(namespace.slo)
+            namespace.goodput = {**limits, **namespace.goodput}
         if any(name not in METRICS for name in metrics):
             raise ValueError(
                 f"--percentile-metrics must be of {', '.join(METRICS)}, got {namespace.percentile_metrics!r}"
@@ -420,6 +449,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m runtime.be
             raise ValueError(f"--max-concurrency must be at least 1, got {namespace.max_concurrency}")
         if not isinstance(namespace.extra_body, dict):
             raise ValueError("--extra-body must be a JSON object")
+        if namespace.slo is not None:
+            namespace.extra_body = {**targets, **namespace.extra_body}
     except ValueError as error:
         parser.error(str(error))
     launched = None if namespace.launch is None else LaunchedServer(namespace.launch)

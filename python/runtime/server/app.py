@@ -110,8 +110,8 @@ class Api:
             else:
                 prompts.append(Prompt(tuple(one)))
         generation = self.front.generate(
-            f"cmpl-{request.state.request_id}", prompts, sampling, arrival_s=arrival_s, priority=asked.priority or 0,
-            cache_salt=asked.cache_salt or "",
+            f"cmpl-{request.state.request_id}", prompts, sampling, arrival_s=arrival_s,
+            service=asked.service_level(request.headers), cache_salt=asked.cache_salt or "",
         )  # fmt: skip
         shape = CompletionShape(
             generation,
@@ -131,7 +131,7 @@ class Api:
         prompt = await self.render(asked)
         generation = self.front.generate(
             f"chatcmpl-{request.state.request_id}", [prompt], sampling, arrival_s=arrival_s,
-            priority=asked.priority or 0, cache_salt=asked.cache_salt or "", param="messages",
+            service=asked.service_level(request.headers), cache_salt=asked.cache_salt or "", param="messages",
         )  # fmt: skip
         shape = ChatShape(generation, self.model_name, self.fingerprint, with_token_ids=bool(asked.return_token_ids))
         return await self.answer(request, asked, generation, shape)

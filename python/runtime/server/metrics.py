@@ -198,4 +198,21 @@ class _EngineGauges:
         )
         yield family(counter, "prefix_cache_queries", "Prompt tokens looked up.", stats.get("prefix_queries", 0))
         yield family(counter, "prefix_cache_hits", "Prompt tokens found.", stats.get("prefix_hits", 0))
+        goodput = stats.get("goodput") or {}
+        names_and_texts = (
+            ("num_good", "good_requests", "Requests that ended and kept every target they carried."),
+            ("num_good_tokens", "good_tokens", "Tokens that those requests generated."),
+            ("num_with_targets", "requests_with_targets", "Requests that ended and carried a target."),
+            ("num_good_with_targets", "good_requests_with_targets", "Of those, how many kept every target."),
+            ("num_ttft_kept", "ttft_targets_kept", "Targets for the time to the first token that were kept."),
+            ("num_ttft_targets", "ttft_targets", "Targets for the time to the first token."),
+            ("num_tpot_kept", "tpot_targets_kept", "Targets for the time per token that were kept."),
+            ("num_tpot_targets", "tpot_targets", "Targets for the time per token."),
+            ("num_deadlines_kept", "deadlines_kept", "Deadlines that were kept."),
+            ("num_deadlines", "deadlines", "Deadlines."),
+        )
+        for key, name, text in names_and_texts:
+            metric = counter(f"partita:{name}", text, labels=names)
+            metric.add_metric(self.values, goodput.get(key, 0))
+            yield metric
         yield family(counter, "engine_steps", "Steps executed.", stats.get("steps", 0))

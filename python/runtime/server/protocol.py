@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from runtime.sampling_params import SamplingParams
 from runtime.server.errors import ApiError
+from runtime.service_level import ServiceLevel
 
 MAX_JSON_DEPTH = 64
 MAX_PROMPTS = 64
@@ -40,6 +42,7 @@ _HARMLESS: dict[str, tuple] = {
     "use_beam_search": (None, False),
     "web_search_options": (None,),
 }
+_SERVICE_FIELDS = {"ttft_ms", "tpot_ms", "deadline_ms", "priority", "user"}
 _LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -111,7 +114,11 @@ class SamplingRequest(BaseModel):
     logit_bias: dict[str, float] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    priority: int | None = Field(None, description="Lower runs first, with --policy priority.")
+    priority: int | None = Field(None, description="Lower runs first.")
+    ttft_ms: float | None = Field(None, description="Target: milliseconds to the first token.")
+    tpot_ms: float | None = Field(None, description="Target: mean milliseconds per token after the first.")
+    deadline_ms: float | None = Field(None, description="Target: milliseconds to the end of the answer.")
+    user: str | None = Field(None, description="Whose request it is.")
     cache_salt: str | None = Field(None, description="Namespace of the prefix cache.")
     return_token_ids: bool | None = None
     request_id: str | None = None
@@ -140,6 +147,13 @@ class SamplingRequest(BaseModel):
             param = re.split(r"[ \[]", str(error), maxsplit=1)[0]
             raise ApiError(400, f"{error}.", code="invalid_value", param=param) from None
 
+    def service_level(self, headers: Mapping[str, str]) -> ServiceLevel:
+        """Raises ApiError (400) naming the field."""
+        try:
+            return ServiceLevel.from_request(self.model_dump(include=_SERVICE_FIELDS), headers)
+        except (ValueError, TypeError) as error:
+            raise ApiError(400, f"{error}.", code="invalid_value", param=str(error).split(" ", 1)[0]) from None
+
     def check_stream_options(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise ApiError(
@@ -147,10 +161,6 @@ class SamplingRequest(BaseModel):
             )
         if self.cache_salt is not None and not 1 <= len(self.cache_salt) <= 1024:
             raise ApiError(400, "cache_salt must have 1 to 1024 characters.", code="invalid_value", param="cache_salt")
-        if self.priority is not None and not -(2**31) <= self.priority < 2**31:
-            raise ApiError(
-                400, f"priority must be a 32-bit integer, got {self.priority}.", code="invalid_value", param="priority"
-            )
 
 
 class CompletionRequest(SamplingRequest):
