@@ -26,7 +26,11 @@ from scheduler.step_shape import StepShape
 # Online corrections stay within these, so that one stalled step cannot make the model useless.
 MIN_CORRECTION, MAX_CORRECTION = 0.25, 4.0
 LEARNING_RATE = 0.05  # weight of the newest step in a correction
+_MAX_KNOWN_RATES = 1 << 15
 GUARD_QUANTILE, GUARD_RATE = 0.95, 0.02  # of actual / predicted, for promises; tracked in steps of this rate
+
+# Builds a named tuple from its fields in order, at half its constructor's price.
+make_tuple = tuple.__new__
 
 
 class Segment(NamedTuple):
@@ -40,6 +44,7 @@ class Segment(NamedTuple):
 
     @property
     def duration_s(self) -> float:
+        """Alone."""
         return self.overhead_s + (self.compute_s if self.compute_s > self.memory_s else self.memory_s)
 
 
@@ -102,6 +107,9 @@ class CostModel:
         self._groups = _grouped(self._nodes)
         self._corrections: dict[str, float] = {}
         self._guard_ratio = 1.0
+        self._known_rates: dict[
+            tuple, tuple[float, float, float]
+        ] = {}  # a run asks for the same few rows again and again
         self.window = spec.sliding_window
 
     # Predictions
@@ -118,7 +126,6 @@ class CostModel:
         groups = self._groups if node_range is None else _grouped(self._nodes[node_range[0] : node_range[1]])
         segments: list[Segment] = []
         token_rows, logit_rows = shape.num_tokens, shape.num_logit_rows
-        rates_of: dict[tuple[str, int], tuple[float, float, float]] = {}
         for node, count in groups:
             kind = node.kind
             if kind == "attention":
@@ -127,14 +134,11 @@ class CostModel:
             num_rows = token_rows if node.rows == "token" else logit_rows
             if num_rows == 0 or kind == "copy_pages":
                 continue
-            key = (kind, num_rows)
-            rates = rates_of.get(key)
-            if rates is None:
-                rates = rates_of[key] = self._rates(kind, num_rows, num_rows, share)
-            compute_rate, memory_rate, overhead_s = rates
+            compute_rate, memory_rate, beside_s = self._rates(kind, num_rows, num_rows, share)
             num_bytes = count * (node.fixed_bytes + node.bytes_per_row * num_rows)
             compute_s = count * node.operations_per_row * num_rows / compute_rate
-            segments.append(Segment(kind, compute_s, num_bytes / memory_rate, count * overhead_s, num_bytes))
+            fields = (kind, compute_s, num_bytes / memory_rate, count * beside_s, num_bytes)
+            segments.append(make_tuple(Segment, fields))
         return StepCost(segments, self.machine.step_overhead_s, self.machine)
 
     def node_durations_s(self, shape: StepShape, share: float = 1.0) -> list[tuple[str, float]]:
@@ -152,13 +156,20 @@ class CostModel:
     def _rates(self, node_class: str, filling_rows: float, num_rows: int, share: float) -> tuple[float, float, float]:
         """(operations/s, bytes/s, seconds beside both) of one node of a class, corrected. `filling_rows`: what the compute
         rate depends on."""
+        key = (node_class, filling_rows, num_rows, share)
+        found = self._known_rates.get(key)
+        if found is not None:
+            return found
         rates = self.machine.rates(node_class)
         saturation = rates.saturation or self.machine.saturation
         correction = self._corrections.get(node_class, 1.0)
         gain = saturation.compute(share) / correction
         memory_rate = rates.bytes_per_s * saturation.memory(share) / correction
         beside_s = rates.overhead_s * correction + rates.row_s * num_rows / gain
-        return rates.rate_at(filling_rows) * gain, memory_rate, beside_s
+        if len(self._known_rates) >= _MAX_KNOWN_RATES:
+            self._known_rates.clear()
+        found = self._known_rates[key] = (rates.rate_at(filling_rows) * gain, memory_rate, beside_s)
+        return found
 
     def _add_attention(
         self, segments: list[Segment], node: NodeSpec, count: int, shape: StepShape, share: float
@@ -221,6 +232,7 @@ class CostModel:
     def _correct(self, node_class: str, ratio: float, weight: float) -> None:
         bounded = min(max(ratio, MIN_CORRECTION), MAX_CORRECTION)
         correction = self._corrections.get(node_class, 1.0) * bounded**weight
+        self._known_rates.clear()
         self._corrections[node_class] = min(max(correction, MIN_CORRECTION), MAX_CORRECTION)
 
 

@@ -134,6 +134,11 @@ class Scheduler:
         """Nothing to do and nothing in flight: every page is free or cached."""
         return not self._requests and not any(self._lanes)
 
+    @property
+    def kv_usage(self) -> float:
+        """Share of the pages that requests hold, 0 to 1."""
+        return 1.0 - self._pages.num_available_pages / self._pages.num_pages
+
     def stats(self) -> SchedulerStats:
         pages = self._pages
         num_live = pages.num_pages - pages.num_available_pages

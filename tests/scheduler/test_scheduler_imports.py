@@ -9,6 +9,8 @@ def test_the_scheduler_is_standard_library_only():
     """Neither NumPy, nor torch, nor the extension, nor the runtime that holds it."""
     code = (
         "import sys; before = set(sys.modules); import scheduler, scheduler.policy, scheduler.composer;"
+        "import scheduler.cost_model, scheduler.simulator.command;"
+        "import scheduler.simulator.plots, scheduler.simulator.recording;"
         "roots = {name.split('.')[0] for name in set(sys.modules) - before};"
         "print(sorted(roots - set(sys.stdlib_module_names)))"
     )

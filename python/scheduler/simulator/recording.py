@@ -1,0 +1,98 @@
+"""A run that happened, kept so that it can be run again: when requests came, how long each step took, what it sampled.
+
+    recorder = RecordingScheduler(config)        # in place of the engine's Scheduler
+    ... the engine runs; spans[plan_id] = (start_ns, end_ns) of every step, from its lane ...
+    recorded = recorder.recorded_run(spans)
+    recorded.replay().plans == recorder.plans    # the same decisions, from the same durations
+
+Decisions depend on what the scheduler hears and in which order, so the recording holds the engine's clock at every call; the
+simulator must come to the same calls by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from scheduler.config import SchedulerConfig
+from scheduler.request import Request
+from scheduler.scheduler import Scheduler
+from scheduler.simulator.lanes import NANOSECONDS, RecordedCosts
+from scheduler.simulator.simulation import Simulation, SimulationResult
+from scheduler.step import AbortRequest, Arrival, Event, LaneFinished, LanePlan
+
+
+def copy_of(request: Request) -> Request:
+    """As it was when it arrived."""
+    return Request(
+        request.request_id, request.prompt_token_ids, request.max_tokens, request.stop_token_ids,
+        min_tokens=request.min_tokens, priority=request.priority, arrival_s=request.arrival_s,
+        namespace=request.namespace, page_keys=request.page_keys, ttft_s=request.ttft_s, tpot_s=request.tpot_s,
+        deadline_s=request.deadline_s, user=request.user,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedRun:
+    config: SchedulerConfig
+    arrivals: tuple[tuple[int, Request], ...]  # (when the scheduler heard of it, a copy as it arrived)
+    durations_ns: Mapping[int, int]  # plan id -> from its launch, or the end of the step before it on its lane
+    delays_ns: Mapping[int, int]  # plan id -> from the end of its step until the scheduler heard of it
+    sampled: Mapping[int, tuple[tuple[str, int], ...]]  # plan id -> what it yielded
+
+    def replay(self) -> SimulationResult:
+        """Raises KeyError where the simulated scheduler makes a plan that the recorded one did not."""
+        costs = RecordedCosts(self.durations_ns, self.delays_ns)
+        simulation = Simulation(self.config, costs, keep_plans=True)
+        for arrival_ns, request in self.arrivals:
+            simulation.add(arrival_ns, copy_of(request))
+        simulation.sample_with(lambda plan: self.sampled[plan.plan_id])
+        return simulation.run()
+
+
+class RecordingScheduler(Scheduler):
+    """A Scheduler that notes every call. Runs with aborts or failed rows are not recorded: ValueError."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        self.plans: list[LanePlan] = []
+        self._launched_ns: dict[int, int] = {}
+        self._heard_ns: dict[int, int] = {}
+        self._arrivals: list[tuple[int, Request]] = []
+        self._sampled: dict[int, tuple[tuple[str, int], ...]] = {}
+        self._unusable = ""
+
+    def on_event(self, event: Event, now: float) -> list[LanePlan]:
+        return self.on_events([event], now)
+
+    def on_events(self, events: Iterable[Event], now: float) -> list[LanePlan]:
+        events, now_ns = list(events), round(now * NANOSECONDS)
+        for event in events:
+            if isinstance(event, Arrival):
+                self._arrivals.append((now_ns, copy_of(event.request)))
+            elif isinstance(event, LaneFinished):
+                result = event.result
+                self._heard_ns[result.plan_id] = now_ns
+                self._sampled[result.plan_id] = result.sampled
+                if result.failed:
+                    self._unusable = f"plan {result.plan_id} failed"
+            elif isinstance(event, AbortRequest):
+                self._unusable = f"{event.request_id!r} was aborted"
+        plans = super().on_events(events, now)
+        for plan in plans:
+            self._launched_ns[plan.plan_id] = now_ns
+        self.plans.extend(plans)
+        return plans
+
+    def recorded_run(self, spans_ns: Mapping[int, tuple[int, int]]) -> RecordedRun:
+        """spans_ns: plan id -> (start, end) of its step on the same clock as `now`."""
+        if self._unusable:
+            raise ValueError(f"RecordingScheduler: {self._unusable}; only runs to the end can be replayed")
+        durations_ns, delays_ns = {}, {}
+        free_ns = dict.fromkeys(range(self.config.num_lanes), 0)
+        for plan in self.plans:
+            end_ns = spans_ns[plan.plan_id][1]
+            durations_ns[plan.plan_id] = end_ns - max(self._launched_ns[plan.plan_id], free_ns[plan.lane])
+            delays_ns[plan.plan_id] = self._heard_ns[plan.plan_id] - end_ns
+            free_ns[plan.lane] = end_ns
+        return RecordedRun(self.config, tuple(self._arrivals), durations_ns, delays_ns, self._sampled)
