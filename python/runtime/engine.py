@@ -23,10 +23,13 @@ from runtime.model_runner import ModelRunner
 from scheduler.request import Request
 from scheduler.scheduler import Scheduler
 from scheduler.step import AbortRequest, Arrival, LaneFinished
+from scheduler.step_shape import shape_of
 
 logger = logging.getLogger("partita.engine")
 # Builds a named tuple from its fields in order, at half its constructor's price; for what is made per request and step.
 make_tuple = tuple.__new__
+# Steps of which one refines the cost model: it costs some 20 microseconds, and neighbours are alike.
+_OBSERVE_EVERY = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class Engine:
     ):  # fmt: skip
         self.config = config
         self._scheduler = scheduler
+        self._cost_model = scheduler.cost_model
         self._runner = runner
         self._on_deltas = on_deltas
         self._trace = trace
@@ -182,10 +186,18 @@ class Engine:
             logprobs.setdefault(request_id, []).append(entry)
         if self._trace is not None:
             self._trace.add(completion, plan)
+        if self._cost_model is not None and self._num_steps % _OBSERVE_EVERY == 0 and not completion["error"]:
+            self._observe(completion, plan)
         self._num_steps += 1
         self._num_step_tokens += plan.num_tokens
         self._last_step_s = now
         return result
+
+    def _observe(self, completion: dict, plan) -> None:
+        """The cost model hears what a step took."""
+        if not completion["was_stopped"] and plan.node_range is None:
+            seconds = (completion["end_ns"] - completion["start_ns"]) / 1e9
+            self._cost_model.observe(shape_of(plan.requests, self._cost_model.window), seconds, plan.share)
 
     def _event_of(self, message: Submit | Abort, deltas: list[Delta]):
         """The scheduler's event; None when the request was refused here, with a Delta that says why."""

@@ -94,14 +94,13 @@ def start_engine(loaded: LoadedModel, args, on_deltas: Callable, trace=None):
 
     kv_plan, config = loaded.kv_plan, loaded.config
     max_num_batched_tokens = args.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS, args.max_num_seqs)
-    scheduler = Scheduler(
-        SchedulerConfig(
-            num_pages=kv_plan.num_pages, page_size=kv_plan.page_size, max_num_seqs=args.max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens, max_model_len=kv_plan.max_model_len,
-            kv_group_windows=tuple(group.window for group in kv_plan.groups),
-            enable_prefix_caching=args.enable_prefix_caching, policy=args.policy,
-        )
+    scheduler_config = SchedulerConfig(
+        num_pages=kv_plan.num_pages, page_size=kv_plan.page_size, max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens, max_model_len=kv_plan.max_model_len,
+        kv_group_windows=tuple(group.window for group in kv_plan.groups),
+        enable_prefix_caching=args.enable_prefix_caching, policy=args.policy,
     )  # fmt: skip
+    scheduler = Scheduler(scheduler_config, calibrated_model(loaded, args))
     runner = ModelRunner(
         loaded.program, kv_plan, vocab_size=config.vocab_size, max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, lane_cores=[_lane_cores(loaded.threads)],
@@ -113,6 +112,24 @@ def start_engine(loaded: LoadedModel, args, on_deltas: Callable, trace=None):
         f"{loaded.packed.packed_bytes / 2**20:.0f} MiB of weights",
     )  # fmt: skip
     return Engine(engine_config, scheduler, runner, on_deltas, trace)
+
+
+def calibrated_model(loaded: LoadedModel, args):
+    """The scheduler.CostModel of this machine and model, if `partita calibrate` has left its file; else None."""
+    from runtime.calibrate import machine_file
+
+    path = machine_file(loaded.name, loaded.threads, loaded.packed.activations, args.kv_dtype)
+    if not path.is_file():
+        return None
+    from runtime.describe_model import spec_of
+    from scheduler.cost_model import CostModel
+    from scheduler.machine import Machine
+
+    try:
+        return CostModel(spec_of(loaded, args.kv_codecs), Machine.load(path))
+    except ValueError as error:
+        logger.warning("%s; run `partita calibrate` anew", error)
+        return None
 
 
 def _lane_cores(threads: int) -> list[int]:

@@ -1,10 +1,10 @@
 """What the next plan of a lane holds: a pass over running and waiting requests that decides and changes nothing.
 
 The order is Dynamic SplitFuse's: requests with one pending token (decodes) first, then running prefills, then
-admissions, until the token budget is spent. A pass works on a Composition, its own count of tokens, pages and rows
-handed out; Scheduler commits it. Two things leave the pass at once, both harmless if the plan stays empty: an
-admitted request leaves the waiting queue (the composition is always committed), and a preemption, which is a
-decision of its own.
+admissions, until the token budget is spent. A policy that does not mix has prompts first, and decodes alone. A pass works
+on a Composition, its own count of tokens, pages and rows handed out; Scheduler commits it. Two things leave the pass at
+once, both harmless if the plan stays empty: an admitted request leaves the waiting queue (the composition is always
+committed), and a preemption, which is a decision of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from scheduler.config import SchedulerConfig
+from scheduler.outlook import Outlook
 from scheduler.policy import Policy
 from scheduler.prefix_cache import PrefixMatch
 from scheduler.queues import RunningList, WaitingQueue
@@ -48,6 +49,7 @@ class Composer:
         pages: RequestPages,
         preempt: Callable[[Request], None],
         is_draining: Callable[[], bool],
+        outlook: Outlook,
     ) -> None:
         self._config = config
         self._policy = policy
@@ -56,11 +58,17 @@ class Composer:
         self._pages = pages
         self._preempt = preempt
         self._is_draining = is_draining
+        self._outlook = outlook
         self._has_lanes = config.num_lanes > 1
 
     def compose(self, lane: int, num_free_rows: int, is_idle: bool) -> Composition:
         """is_idle: no plan is in flight on any lane."""
-        composition = Composition(lane, self._policy.token_budget(self._config))
+        # A step has room for the limit at most, whatever a policy says, and for one token at least.
+        budget = min(max(self._policy.token_budget(self._outlook, lane), 1), self._config.max_num_batched_tokens)
+        composition = Composition(lane, budget)
+        if not self._policy.mixes:
+            self._compose_prompts_first(composition, num_free_rows, is_idle)
+            return composition
         self._compose_running(composition, is_idle)
         # Who runs comes before who waits: nobody is admitted while a running request lacks a page.
         if not (composition.has_stalled or composition.has_preempted):
@@ -91,6 +99,27 @@ class Composer:
             if composition.budget == 0:
                 break
             if request.status is RUNNING:
+                self._compose_chunk(request, composition, is_idle)
+
+    def _compose_prompts_first(self, composition: Composition, num_free_rows: int, is_idle: bool) -> None:
+        """Chunks and admissions while there are any; a step of decodes only when there are none."""
+        lane, decodes = composition.lane, []
+        for request in self._running.snapshot():
+            num_expected = request.num_expected_tokens
+            if num_expected >= request.max_num_tokens:
+                continue
+            if self._has_lanes and request.num_plans_in_flight and request.lane != lane:
+                continue
+            if num_expected - request.next_start == 1:
+                decodes.append(request)
+            elif composition.budget and request.status is RUNNING:
+                self._compose_chunk(request, composition, is_idle)
+        if not (composition.has_stalled or composition.has_preempted):
+            self._compose_waiting(composition, num_free_rows, is_idle)
+        if composition.shares:
+            return
+        for request in decodes:
+            if composition.budget and request.status is RUNNING:
                 self._compose_chunk(request, composition, is_idle)
 
     def _compose_chunk(self, request: Request, composition: Composition, is_idle: bool) -> None:

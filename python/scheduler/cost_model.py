@@ -26,6 +26,7 @@ from scheduler.step_shape import StepShape
 # Online corrections stay within these, so that one stalled step cannot make the model useless.
 MIN_CORRECTION, MAX_CORRECTION = 0.25, 4.0
 LEARNING_RATE = 0.05  # weight of the newest step in a correction
+SATURATED = 0.9  # of the best throughput
 _MAX_KNOWN_RATES = 1 << 15
 GUARD_QUANTILE, GUARD_RATE = 0.95, 0.02  # of actual / predicted, for promises; tracked in steps of this rate
 
@@ -110,6 +111,7 @@ class CostModel:
         self._known_rates: dict[
             tuple, tuple[float, float, float]
         ] = {}  # a run asks for the same few rows again and again
+        self._saturating: dict[tuple[int, float], int] = {}
         self.window = spec.sliding_window
 
     # Predictions
@@ -140,6 +142,21 @@ class CostModel:
             fields = (kind, compute_s, num_bytes / memory_rate, count * beside_s, num_bytes)
             segments.append(make_tuple(Segment, fields))
         return StepCost(segments, self.machine.step_overhead_s, self.machine)
+
+    def saturating_tokens(self, most: int, share: float = 1.0) -> int:
+        """The fewest tokens (16 times a power of two) of a prompt whose throughput is near the best that up to `most`
+        tokens reach. As first asked for: corrections do not move it."""
+        found = self._saturating.get((most, share))
+        if found is None:
+            sizes = [16]
+            while sizes[-1] * 2 <= most:
+                sizes.append(sizes[-1] * 2)
+            nothing = StepShape(0, 0, 0)
+            rates = [size / self.step_s(nothing.plus_chunk(0, size, self.window), share) for size in sizes]
+            near = SATURATED * max(rates)
+            found = next(size for size, rate in zip(sizes, rates, strict=True) if rate >= near)
+            self._saturating[most, share] = found
+        return found
 
     def node_durations_s(self, shape: StepShape, share: float = 1.0) -> list[tuple[str, float]]:
         """(name, seconds) of every node, for a trace."""

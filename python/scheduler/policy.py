@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from scheduler.config import SchedulerConfig
+from scheduler.outlook import Outlook
 from scheduler.request import Request
+from scheduler.splitfuse import splitfuse_token_budget
 
 
 def priority_then_arrival(request: Request, sequence: int) -> tuple:
@@ -20,10 +22,10 @@ def priority_then_arrival(request: Request, sequence: int) -> tuple:
     return (request.priority, request.arrival_s, sequence)
 
 
-def fixed_token_budget(config: SchedulerConfig) -> int:
+def fixed_token_budget(outlook: Outlook, lane: int) -> int:
     """Every step may have the same number of new tokens: decodes take theirs first, prompts are cut to fill the rest
     (Dynamic SplitFuse, DeepSpeed-FastGen, arXiv 2401.08671)."""
-    return config.max_num_batched_tokens
+    return outlook.config.max_num_batched_tokens
 
 
 def fill_budget(num_pending: int, budget: int, config: SchedulerConfig) -> int:
@@ -50,10 +52,11 @@ class Policy:
 
     name: str
     rank: Callable[[Request, int], tuple] = priority_then_arrival  # (request, arrival number) -> order, smaller first
-    token_budget: Callable[[SchedulerConfig], int] = fixed_token_budget  # tokens of one step
+    token_budget: Callable[[Outlook, int], int] = fixed_token_budget  # (outlook, lane) -> tokens of its next step
     chunk: Callable[[int, int, SchedulerConfig], int] = fill_budget  # (pending, budget left) -> tokens, at least 1
     admits: Callable[[int, int, bool, SchedulerConfig], bool] = leave_watermark  # (needed, available pages, is alone)
     victim: Callable[[Sequence[Request]], Request | None] = lowest_then_latest  # from running requests, by rank
+    mixes: bool = True  # a step holds decodes and prompt chunks; else prompts go first and decodes wait for them
 
 
 _presets: dict[str, Policy] = {}
@@ -76,3 +79,6 @@ def policy_named(name: str) -> Policy:
 
 register_policy(Policy("default"))
 register_policy(Policy("fcfs"))
+# What continuous batching did before chunks were mixed in; here to be compared with.
+register_policy(Policy("prefill-first", mixes=False))
+register_policy(Policy("fastgen", token_budget=splitfuse_token_budget))

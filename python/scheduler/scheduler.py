@@ -24,7 +24,9 @@ from typing import NamedTuple
 
 from scheduler.composer import Composer, Composition
 from scheduler.config import SchedulerConfig
+from scheduler.cost_model import CostModel
 from scheduler.goodput import GoodputCounter, GoodputStats, outcome_of
+from scheduler.outlook import Outlook
 from scheduler.policy import policy_named
 from scheduler.prefix_cache import PrefixNode
 from scheduler.queues import RunningList, WaitingQueue
@@ -77,8 +79,10 @@ class Flight(NamedTuple):
 
 
 class Scheduler:
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, cost_model: CostModel | None = None) -> None:
+        """cost_model: of this machine, for policies that predict; None: they go by their fixed limits."""
         self.config = config
+        self.cost_model = cost_model
         self._policy = policy_named(config.policy)
         self._pages = RequestPages(config)
         self._requests: dict[str, Request] = {}  # every request that has no finish reason yet
@@ -88,8 +92,9 @@ class Scheduler:
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._lanes: list[deque[Flight]] = [deque() for _ in config.lane_shares]
         self._composer = Composer(
-            config, self._policy, self._running, self._waiting, self._pages, self._preempt, lambda: bool(self._draining)
-        )
+            config, self._policy, self._running, self._waiting, self._pages, self._preempt, lambda: bool(self._draining),
+            Outlook(config, cost_model, self._running, self._waiting),
+        )  # fmt: skip
         self._outputs: list[TokenOutput] = []
         self._num_plans = 0
         self._num_arrivals = 0

@@ -36,6 +36,21 @@ class StepShape(NamedTuple):
     def kv_tokens(self) -> float:
         return self.decode_kv_tokens + self.chunk_kv_tokens
 
+    def plus_chunk(self, start: int, num_tokens: int, window: int = 0) -> StepShape:
+        """With one more request, of num_tokens tokens from position start. It samples: the dearer case."""
+        pairs, kv_tokens = num_tokens * (2 * start + num_tokens + 1) // 2, start + num_tokens
+        seen_pairs = _windowed_pairs(start, start + num_tokens, window) if window else pairs
+        seen_tokens = min(kv_tokens, num_tokens + window - 1) if window else kv_tokens
+        return self._replace(
+            num_tokens=self.num_tokens + num_tokens,
+            num_requests=self.num_requests + 1,
+            num_logit_rows=self.num_logit_rows + 1,
+            chunk_score_pairs=self.chunk_score_pairs + pairs,
+            chunk_kv_tokens=self.chunk_kv_tokens + kv_tokens,
+            window_chunk_score_pairs=self.window_chunk_score_pairs + seen_pairs,
+            window_chunk_kv_tokens=self.window_chunk_kv_tokens + seen_tokens,
+        )
+
     @property
     def num_chunk_tokens(self) -> int:
         return self.num_tokens - self.num_decodes

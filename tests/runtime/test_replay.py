@@ -22,7 +22,7 @@ def recorded(tmp_path_factory):
     assert loaded.kv_plan.num_pages < 60
     trace, kept = StepTrace(loaded.program.node_names), []
 
-    def make(config):
+    def make(config, cost_model):
         kept.append(RecordingScheduler(config))
         return kept[0]
 

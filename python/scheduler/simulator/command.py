@@ -82,7 +82,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-class _Setup:
+class CommandRun:
     """What all runs of one command share."""
 
     def __init__(self, namespace: argparse.Namespace) -> None:
@@ -126,7 +126,7 @@ class _Setup:
         costs = ModelCosts(self.model, error=namespace.error, seed=namespace.seed)
         simulation = Simulation(
             config, costs, requests, targets=self.targets, ends_by_stop=namespace.ends_by_stop,
-            observe=log.add if log is not None else None,
+            cost_model=self.model, observe=log.add if log is not None else None,
         )  # fmt: skip
         return Report(simulation.run(), self.machine, label or policy)
 
@@ -152,7 +152,7 @@ def _rates(text: str) -> list[float]:
     return rates
 
 
-def _find_rates(run: _Setup, say) -> list[dict]:
+def _find_rates(run: CommandRun, say) -> list[dict]:
     namespace, reports = run.namespace, []
     for policy in run.policies:
         capacity = find_max_rate(
@@ -170,7 +170,7 @@ def _find_rates(run: _Setup, say) -> list[dict]:
     return reports
 
 
-def _run_all(run: _Setup, say) -> list[dict]:
+def _run_all(run: CommandRun, say) -> list[dict]:
     namespace = run.namespace
     rates = _rates(namespace.rates) if namespace.rates else [None]
     wants_log = bool(namespace.plot_lanes or namespace.trace_steps)
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m scheduler.
     namespace = parser.parse_args(argv)
     say = (lambda text: None) if namespace.json == "-" else print
     try:
-        run = _Setup(namespace)
+        run = CommandRun(namespace)
         machine, num = run.machine, len(run.requests)
         say(f"machine   {machine.name} ({machine.source})")
         say(f"model     {run.spec.name}, {run.spec.weight_bytes / 1e9:.2f} GB of weights read a step")

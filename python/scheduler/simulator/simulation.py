@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from scheduler.config import SchedulerConfig
+from scheduler.cost_model import CostModel
 from scheduler.request import Request
 from scheduler.scheduler import Scheduler, SchedulerStats
 from scheduler.simulator.lanes import NANOSECONDS, Costs, FinishedStep, VirtualLanes
@@ -82,12 +83,14 @@ class Simulation:
     def __init__(
         self, config: SchedulerConfig, costs: Costs, requests: Sequence[TraceRequest] | None = None, *,
         targets: ServiceTargets | None = None, ends_by_stop: bool = False,
-        observe: Callable[[FinishedStep], None] | None = None, keep_plans: bool = False, max_steps: int | None = None,
+        cost_model: CostModel | None = None, observe: Callable[[FinishedStep], None] | None = None,
+        keep_plans: bool = False, max_steps: int | None = None,
     ) -> None:  # fmt: skip
-        """ends_by_stop: an answer ends by a stop token that the scheduler does not foresee, as a chat's does; else by its
-        length. max_steps: give up after so many, with RuntimeError."""
+        """cost_model: what the scheduler's policies predict with; costs may know better. ends_by_stop: an answer ends by a
+        stop token that the scheduler does not foresee, as a chat's does; else by its length. max_steps: give up after so
+        many, with RuntimeError."""
         self.config = config
-        self.scheduler = Scheduler(config)
+        self.scheduler = Scheduler(config, cost_model)
         self._costs = costs
         self._lanes = VirtualLanes(config.num_lanes, costs)
         self._targets = targets or ServiceTargets()
