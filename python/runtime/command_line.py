@@ -11,7 +11,7 @@ COMMANDS = {
     "chat": ("runtime.chat", "talk to a model in the terminal"),
     "generate": ("runtime.generate", "complete one prompt or a file of prompts"),
     "bench": ("runtime.bench", "measure latency, throughput or a running server"),
-    "simulate": ("scheduler.simulator.command", "run a trace against the scheduler in virtual time"),
+    "simulate": ("runtime.simulate", "run a trace against the scheduler in virtual time"),
     "calibrate": ("runtime.calibrate", "measure this machine for the cost model"),
     "doctor": ("runtime.doctor", "what this machine has, and which kernels are chosen for it"),
 }

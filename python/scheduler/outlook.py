@@ -55,4 +55,5 @@ class Outlook:
                 has_lanes and request.num_plans_in_flight and request.lane != lane
             ):
                 return request
-        return self._waiting.peek()
+        has_rows = len(self._running) < self.config.max_num_seqs
+        return self._waiting.peek() if has_rows else None

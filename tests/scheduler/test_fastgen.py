@@ -19,6 +19,7 @@ from scheduler.simulator.report import percentile
 from scheduler.simulator.setup import load_model, scheduler_config
 from scheduler.simulator.simulation import ServiceTargets
 from scheduler.simulator.traces import TraceRequest
+from scheduler.splitfuse import _most_tiles
 from scheduler.step_shape import shape_of
 
 H100 = Machine.load("h100-sxm")
@@ -145,3 +146,20 @@ def test_saturation_is_where_throughput_levels_off():
     knee = MODEL.saturating_tokens(4096)
     slow = CostModel(LLAMA, replace(H100, step_overhead_s=0.05))
     assert 64 <= knee <= 1024 < slow.saturating_tokens(4096)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 1.6, 3.0])
+def test_the_search_for_a_budget_equals_trying_all(power):
+    for most in (0, 1, 2, 7, 128, 500):
+        for limit_s in (0.5, 1.0, 3.0, 40.0, 777.0, 1e9):
+            asked = []
+
+            def step_s(tiles, asked=asked):
+                asked.append(tiles)
+                return 1.0 + tiles**power
+
+            wanted = max([tiles for tiles in range(1, most + 1) if 1.0 + tiles**power <= limit_s], default=0)
+            assert _most_tiles(step_s, most, limit_s) == wanted
+            assert len(asked) <= 15
+            if power == 1.0:
+                assert len(asked) <= 5

@@ -201,7 +201,7 @@ def _run_all(run: CommandRun, say) -> list[dict]:
     return reports
 
 
-def main(argv: Sequence[str] | None = None, *, prog: str = "python -m scheduler.simulator.command") -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m runtime.simulate") -> int:
     parser = build_parser(prog)
     namespace = parser.parse_args(argv)
     say = (lambda text: None) if namespace.json == "-" else print
@@ -223,7 +223,3 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m scheduler.
             file.write(content + "\n")
         print(f"numbers in {namespace.json}", file=sys.stderr)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
