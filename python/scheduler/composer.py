@@ -102,22 +102,33 @@ class Composer:
                 self._compose_chunk(request, composition, is_idle)
 
     def _compose_prompts_first(self, composition: Composition, num_free_rows: int, is_idle: bool) -> None:
-        """Chunks and admissions while there are any; a step of decodes only when there are none."""
-        lane, decodes = composition.lane, []
+        """Chunks and admissions while there are any; a step of decodes only when there are none.
+
+        Pages that decodes need next are kept for them meanwhile: else a prompt that was preempted for such a page would be
+        admitted with it again before the decode's turn comes, for ever.
+        """
+        lane, decodes, prefills, num_kept = composition.lane, [], [], 0
         for request in self._running.snapshot():
             num_expected = request.num_expected_tokens
             if num_expected >= request.max_num_tokens:
                 continue
             if self._has_lanes and request.num_plans_in_flight and request.lane != lane:
                 continue
-            if num_expected - request.next_start == 1:
-                decodes.append(request)
-            elif composition.budget and request.status is RUNNING:
+            if num_expected - request.next_start > 1:
+                prefills.append(request)
+                continue
+            decodes.append(request)
+            if request.next_start >= request.page_capacity:
+                num_kept += self._pages.num_kv_groups
+        composition.num_reserved_pages = num_kept
+        for request in prefills:
+            if composition.budget and request.status is RUNNING:
                 self._compose_chunk(request, composition, is_idle)
         if not (composition.has_stalled or composition.has_preempted):
             self._compose_waiting(composition, num_free_rows, is_idle)
         if composition.shares:
             return
+        composition.num_reserved_pages -= num_kept
         for request in decodes:
             if composition.budget and request.status is RUNNING:
                 self._compose_chunk(request, composition, is_idle)

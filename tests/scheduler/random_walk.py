@@ -5,8 +5,19 @@ from __future__ import annotations
 
 import random
 
-from scheduler import Request, SchedulerConfig
+from scheduler import Request, Scheduler, SchedulerConfig
+from scheduler.cost_model import CostModel
+from scheduler.machine import ClassRates, Machine
+from scheduler.model_spec import ModelSpec
 from tests.scheduler.fake_runner import STOP_TOKEN_ID, VOCAB_SIZE, CheckedScheduler
+
+TPOT_TARGETS_S = (None, 1e-6, 6e-5)  # under tiny_cost_model: hopeless, and some forty tokens
+
+
+def tiny_cost_model() -> CostModel:
+    rates = ClassRates(((1, 1e11),), 1e11)
+    machine = Machine("tiny", "test", 1e11, {"default": rates})
+    return CostModel(ModelSpec("tiny", 64, 2, 2, 1, 32, 128, 100), machine)
 
 
 def random_config(rng: random.Random, **overrides) -> SchedulerConfig:
@@ -39,13 +50,15 @@ def random_request(rng: random.Random, request_id: str, stems: list[list[int]], 
         priority=rng.choice([0, 0, 1]),
         arrival_s=arrival_s,
         namespace=rng.choice(["", "adapter"]),
+        tpot_s=TPOT_TARGETS_S[len(shared) % 3],
     )
 
 
 def walk(seed: int, num_events: int = 150, **overrides) -> CheckedScheduler:
     """Runs to the end and checks every answer; returns what is left for a test to look at."""
     rng = random.Random(seed)
-    checked = CheckedScheduler(random_config(rng, **overrides))
+    config = random_config(rng, **overrides)
+    checked = CheckedScheduler(config, Scheduler(config, tiny_cost_model()))
     stems = [[rng.randrange(VOCAB_SIZE) for _ in range(40)] for _ in range(2)]
     for _ in range(num_events):
         draw = rng.random()

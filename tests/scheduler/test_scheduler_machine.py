@@ -13,8 +13,9 @@ from scheduler.prefix_cache import PrefixCache
 from scheduler.request_pages import RequestPages
 from scheduler.scheduler import Scheduler
 from tests.scheduler.fake_runner import STOP_TOKEN_ID, VOCAB_SIZE, CheckedScheduler
-from tests.scheduler.random_walk import walk
+from tests.scheduler.random_walk import TPOT_TARGETS_S, tiny_cost_model, walk
 
+POLICIES = ("default", "prefill-first", "fastgen")
 STEMS = ([1, 2, 3, 4, 0, 6, 1, 1, 2, 0, 3, 3, 4, 6, 2, 1, 0, 1, 2, 6] * 2, [6, 6, 1, 0, 2, 4, 3, 1] * 5)
 
 
@@ -31,6 +32,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         has_cache=st.booleans(),
         num_lanes=st.integers(1, 2),
         watermark=st.sampled_from([0.0, 0.1]),
+        policy=st.sampled_from(POLICIES),
     )
     def start(
         self,
@@ -43,23 +45,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         has_cache,
         num_lanes,
         watermark,
+        policy,
     ):
-        self.checked = CheckedScheduler(
-            SchedulerConfig(
-                num_pages=num_pages * len(windows),
-                page_size=4,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=budget,
-                max_model_len=48,
-                max_prefill_chunk=max_prefill_chunk,
-                max_plans_in_flight=max_plans_in_flight,
-                kv_group_windows=windows,
-                enable_prefix_caching=has_cache,
-                min_copy_tokens=2,
-                watermark=watermark,
-                lane_shares=(1.0 / num_lanes,) * num_lanes,
-            )
+        config = SchedulerConfig(
+            num_pages=num_pages * len(windows),
+            page_size=4,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_model_len=48,
+            max_prefill_chunk=max_prefill_chunk,
+            max_plans_in_flight=max_plans_in_flight,
+            kv_group_windows=windows,
+            enable_prefix_caching=has_cache,
+            min_copy_tokens=2,
+            watermark=watermark,
+            lane_shares=(1.0 / num_lanes,) * num_lanes,
+            policy=policy,
         )
+        self.checked = CheckedScheduler(config, Scheduler(config, tiny_cost_model()))
 
     @rule(
         stem=st.sampled_from(STEMS),
@@ -68,10 +71,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 16),
         stops=st.booleans(),
         min_tokens=st.integers(0, 2),
+        tpot_s=st.sampled_from(TPOT_TARGETS_S),
         priority=st.integers(-1, 1),
         namespace=st.sampled_from(["", "adapter"]),
     )
-    def arrive(self, stem, num_shared, own, max_tokens, stops, min_tokens, priority, namespace):
+    def arrive(self, stem, num_shared, own, max_tokens, stops, min_tokens, tpot_s, priority, namespace):
         self.checked.arrive(
             Request(
                 f"r{len(self.checked.requests)}",
@@ -82,6 +86,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 priority=priority,
                 arrival_s=self.checked.now,
                 namespace=namespace,
+                tpot_s=tpot_s,
             )
         )
 
@@ -118,6 +123,12 @@ TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
     max_examples=200, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+@pytest.mark.parametrize("policy", POLICIES[1:])
+def test_random_lives_under_every_policy(policy):
+    lives = [walk(seed, policy=policy) for seed in range(40)]
+    assert sum(life.scheduler.stats().num_preemptions for life in lives) > 10
 
 
 @pytest.mark.parametrize("seed", range(40))
