@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from runtime.llm import LLM
     from runtime.outputs import CompletionOutput, RequestOutput
     from runtime.sampling_params import SamplingParams
+    from runtime.service_level import ServiceLevel
 
 _PLACES = {
     "CompletionOutput": "runtime.outputs",
@@ -16,8 +17,9 @@ _PLACES = {
     "LLM": "runtime.llm",
     "RequestOutput": "runtime.outputs",
     "SamplingParams": "runtime.sampling_params",
+    "ServiceLevel": "runtime.service_level",
 }
-__all__ = ["LLM", "CompletionOutput", "EngineArgs", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "EngineArgs", "RequestOutput", "SamplingParams", "ServiceLevel"]
 
 
 def __getattr__(name: str):

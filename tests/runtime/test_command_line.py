@@ -21,6 +21,7 @@ from runtime.engine_args import EngineArgs
 from runtime.llm import LLM
 from runtime.sampling_params import SamplingParams
 from runtime.serve import build_parser, read_api_keys
+from runtime.service_level import ServiceLevel
 from tests.server.scripted_engine import ScriptedEngine
 from tests.server.tiny_tokenizer import EOS, tiny_template, tiny_tokenizer
 
@@ -62,6 +63,21 @@ def test_llm_reads_every_kind_of_prompt(llm):
         assert request.outputs[0].text == "hello world"
         assert request.outputs[0].token_ids == [*ids, EOS]
         assert (request.outputs[0].finish_reason, request.finished, request.num_cached_tokens) == ("stop", True, 1)
+
+
+def test_llm_passes_service_levels_on(llm):
+    urgent = ServiceLevel(ttft_ms=200, tpot_ms=20.5, priority=-3, user="a")
+    llm.generate(["abc", "def"], GREEDY, service_level=urgent)
+    assert [submit.service for submit in llm.engine.submits[-2:]] == [urgent, urgent]
+    llm.generate(["abc", "def"], GREEDY, service_level=[urgent, ServiceLevel()])
+    assert [submit.service for submit in llm.engine.submits[-2:]] == [urgent, ServiceLevel()]
+    llm.generate("abc", GREEDY)
+    assert llm.engine.submits[-1].service == ServiceLevel()
+    with pytest.raises(ValueError, match="service_level has 1 entries for 2 prompts"):
+        llm.generate(["abc", "def"], GREEDY, service_level=[urgent])
+    for wrong, error in (({"ttft_ms": -1}, ValueError), ({"user": 3}, TypeError), ({"tpot_ms": True}, TypeError)):
+        with pytest.raises(error, match=next(iter(wrong))):
+            ServiceLevel(**wrong)
 
 
 def test_llm_keeps_order_n_and_params_per_prompt(llm):
