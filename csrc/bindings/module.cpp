@@ -22,5 +22,6 @@ PYBIND11_MODULE(_native, module) {
   register_activation(module);
   register_embedding(module);
   register_sampling(module);
+  register_sampling_gpu(module);
   register_program(module);
 }

@@ -14,6 +14,7 @@ void register_norm(pybind11::module_& module);
 void register_activation(pybind11::module_& module);
 void register_embedding(pybind11::module_& module);
 void register_sampling(pybind11::module_& module);
+void register_sampling_gpu(pybind11::module_& module);
 void register_program(pybind11::module_& module);
 
 }  // namespace partita::bindings
