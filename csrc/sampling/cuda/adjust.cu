@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kSamplingThreads) adjust_logits(const __grid_c
     for (int j = i; j < params.num_logit_biases && biases[j].token == token; ++j) logit += biases[j].bias;
     logits[token] = logit;
   }
-  __syncthreads();
+  __syncthreads();  // orders global memory only
   if (masks) {
     const auto* stop_token_ids = reinterpret_cast<const int32_t*>(record + call.rows.stop_token_ids_offset);
     for (int i = threadIdx.x; i < params.num_stop_token_ids; i += kSamplingThreads) {
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kSamplingThreads) adjust_logits(const __grid_c
       if (!is_broken(logits[token])) logits[token] = kMinusInfinity;
     }
   }
-  __syncthreads();
+  __syncthreads();  // orders global memory only
 
   if (repeats || counts) {
     const int64_t last_token =

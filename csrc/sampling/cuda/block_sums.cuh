@@ -48,7 +48,7 @@ __device__ __forceinline__ PrefixSum block_prefix_sum(BlockSumStorage& storage, 
 
 // Whether this block is the row's last: then it sees what the others wrote. To be called by all threads, once.
 __device__ __forceinline__ bool is_last_block(uint32_t* ticket, int num_blocks, uint32_t* is_last) {
-  __syncthreads();
+  __syncthreads();  // orders global memory only
   if (threadIdx.x == 0) {
     *is_last = add_acquire_release_u32(ticket, 1) == static_cast<uint32_t>(num_blocks - 1);
     if (*is_last) *ticket = 0;

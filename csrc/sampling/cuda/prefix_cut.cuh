@@ -90,14 +90,12 @@ __device__ __forceinline__ void for_each_element(const Elements& elements, uint6
   }
 }
 
-// The sum of the elements' weights.
+// The sum of the elements' weights. Storage may be used again after the caller's next barrier.
 __device__ __forceinline__ uint64_t total_weight(CutStorage& storage, const Elements& elements, uint64_t last,
                                                  const WeightScale& scale) {
   uint64_t sum = 0;
   for_each_element(elements, last, [&](const Candidate& candidate) { sum += weight_of(candidate.logit, scale); });
-  const uint64_t total = block_prefix_sum(storage.sums, sum).total;
-  __syncthreads();
-  return total;
+  return block_prefix_sum(storage.sums, sum).total;
 }
 
 // bins[j]: the measures of bins 4 t + j of thread t. Leaves in storage the bin in which the sum reaches the target, and
@@ -137,7 +135,8 @@ __device__ __forceinline__ void gather_members(CutStorage& storage, const Elemen
   __syncthreads();
 }
 
-// The order of the element with which the sum reaches the target; kLastOrder where it does not. Ends with a barrier.
+// The order of the element with which the sum reaches the target; kLastOrder where it does not. When it returns, no
+// thread reads elements any more; storage may be used again after the caller's next barrier.
 __device__ __forceinline__ uint64_t find_cut(CutStorage& storage, const Elements& elements, const CutSearch& search) {
   const auto order = [&](const Candidate& candidate) {
     return search.by_id ? static_cast<uint64_t>(candidate.id) : order_of(candidate);
@@ -174,7 +173,6 @@ __device__ __forceinline__ uint64_t find_cut(CutStorage& storage, const Elements
       if (storage.member_orders[w] < least) least = storage.member_orders[w];
       if (storage.member_measures[w] > largest) largest = storage.member_measures[w];
     }
-    __syncthreads();
     if (least > largest) return kLastOrder;
 
     for (uint32_t num_left = kMaxMembers + 1; num_left > kMaxMembers && least < largest;) {
@@ -220,9 +218,7 @@ __device__ __forceinline__ uint64_t find_cut(CutStorage& storage, const Elements
     if (through >= search.target && through - own_measure < search.target) storage.found_order = own_order;
   }
   __syncthreads();
-  const uint64_t found = storage.found_order;
-  __syncthreads();
-  return found;
+  return storage.found_order;
 }
 
 }  // namespace partita::device
