@@ -234,6 +234,34 @@ class TestEqualsCpu:
             for got, want in zip(other, results[0]):
                 np.testing.assert_array_equal(got, want)
 
+    def test_a_graph_gives_the_same(self, gpu, rng):
+        """Captured once, replayed: counters and tables are ready for the next replay."""
+        num_rows, vocab_size = 5, 4600
+        logits = random_logits(rng, num_rows, vocab_size)
+        params = [
+            make_params(seed=s, repetition_penalty=1.2, **({"top_p": 0.9} if s % 2 else {"top_k": 9}))
+            for s in range(num_rows)
+        ]
+        histories = [rng.integers(0, vocab_size, 30).astype(np.int32) for _ in range(num_rows)]
+        want = Batch(gpu, logits, params, histories).sampled
+        sampler = _native.GpuSampler(gpu, num_rows, vocab_size, num_rows, MAX_TOKENS)
+        for s in range(num_rows):
+            sampler.set_row(s, params[s], 30)
+        tokens = np.full((num_rows, MAX_TOKENS), UNTOUCHED, np.int32)
+        tokens[:, :30] = np.stack(histories)
+        arrays = [
+            on_gpu(gpu, each)
+            for each in (
+                logits,
+                np.arange(num_rows, dtype=np.int32),
+                np.full(num_rows, 30, np.int32),
+                tokens,
+                np.full(num_rows, UNTOUCHED, np.int32),
+            )
+        ]
+        _native.time_gpu_launches(gpu, [lambda stream: sampler.sample(*arrays, stream=stream)], 2)
+        np.testing.assert_array_equal(on_host(arrays[4], np.int32), want)
+
 
 class TestGreedy:
     def test_lowest_id_wins_a_tie(self, gpu, rng):

@@ -135,6 +135,38 @@ __device__ __forceinline__ void gather_members(CutStorage& storage, const Elemen
   __syncthreads();
 }
 
+// The range that the elements' orders lie in: logits of a list rarely use more than a small part of the floats.
+template <typename Order>
+__device__ __forceinline__ void find_range(CutStorage& storage, const Elements& elements, uint64_t last,
+                                           const Order& order, uint64_t* least_order, uint64_t* largest_order) {
+  uint64_t least = kLastOrder, largest = 0;
+  for_each_element(elements, last, [&](const Candidate& candidate) {
+    const uint64_t place = order(candidate);
+    if (place < least) least = place;
+    if (place > largest) largest = place;
+  });
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    const uint64_t other_least = __shfl_xor_sync(kFullWarp, least, distance);
+    const uint64_t other_largest = __shfl_xor_sync(kFullWarp, largest, distance);
+    if (other_least < least) least = other_least;
+    if (other_largest > largest) largest = other_largest;
+  }
+  const unsigned warp = threadIdx.x / kWarpSize;
+  if (lane_idx() == 0) {
+    storage.member_orders[warp] = least;
+    storage.member_measures[warp] = largest;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kSamplingWarps; ++w) {
+    if (storage.member_orders[w] < least) least = storage.member_orders[w];
+    if (storage.member_measures[w] > largest) largest = storage.member_measures[w];
+  }
+  *least_order = least;
+  *largest_order = largest;
+}
+
 // The order of the element with which the sum reaches the target; kLastOrder where it does not. When it returns, no
 // thread reads elements any more; storage may be used again after the caller's next barrier.
 __device__ __forceinline__ uint64_t find_cut(CutStorage& storage, const Elements& elements, const CutSearch& search) {
@@ -147,35 +179,17 @@ __device__ __forceinline__ uint64_t find_cut(CutStorage& storage, const Elements
   uint64_t above = search.above;
   uint64_t least = 0, largest = kLastOrder;
   if (elements.size > kMaxMembers) {
-    // The range that the orders lie in; logits rarely use more than a small part of the floats.
-    least = kLastOrder;
-    largest = 0;
-    for_each_element(elements, search.last, [&](const Candidate& candidate) {
-      const uint64_t place = order(candidate);
-      if (place < least) least = place;
-      if (place > largest) largest = place;
-    });
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-      const uint64_t other_least = __shfl_xor_sync(kFullWarp, least, distance);
-      const uint64_t other_largest = __shfl_xor_sync(kFullWarp, largest, distance);
-      if (other_least < least) least = other_least;
-      if (other_largest > largest) largest = other_largest;
+    if (elements.list == nullptr && search.by_id) {
+      least = static_cast<uint64_t>(elements.begin);
+      largest = static_cast<uint64_t>(elements.begin + elements.size - 1);
+    } else if (elements.list == nullptr) {
+      least = 0;
+      largest = (uint64_t{1} << kOrderBits) - 1;
+    } else {
+      find_range(storage, elements, search.last, order, &least, &largest);
+      if (least > largest) return kLastOrder;
     }
-    const unsigned warp = threadIdx.x / kWarpSize;
-    if (lane_idx() == 0) {
-      storage.member_orders[warp] = least;
-      storage.member_measures[warp] = largest;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int w = 0; w < kSamplingWarps; ++w) {
-      if (storage.member_orders[w] < least) least = storage.member_orders[w];
-      if (storage.member_measures[w] > largest) largest = storage.member_measures[w];
-    }
-    if (least > largest) return kLastOrder;
-
-    for (uint32_t num_left = kMaxMembers + 1; num_left > kMaxMembers && least < largest;) {
+    for (uint32_t num_left = kMaxMembers + 1; num_left > kMaxMembers;) {
       int shift = 64 - __clzll(static_cast<long long>(largest - least)) - 11;
       if (shift < 0) shift = 0;
       clear_bins(storage);
@@ -203,6 +217,7 @@ __device__ __forceinline__ uint64_t find_cut(CutStorage& storage, const Elements
       const uint64_t bin_end = least + (uint64_t{1} << shift) - 1;
       if (bin_end < largest) largest = bin_end;
       __syncthreads();
+      if (shift == 0) return least;
     }
   }
 
