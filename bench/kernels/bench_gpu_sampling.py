@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime import _native
-from runtime.ops.sampling import SamplingParams
+from runtime.ops.sampling import GpuSampler, SamplingParams
 
 CASES = [
     ("peaked", {"temperature": 0.0}),
@@ -67,7 +67,7 @@ class Case:
     def __init__(self, gpu, buffers, fields: dict):
         num_rows, vocab_size = buffers[0].shape
         self.fields, self.buffers = fields, buffers
-        self.sampler = _native.GpuSampler(gpu, num_rows, vocab_size, num_rows, NUM_HISTORY_TOKENS + 8)
+        self.sampler = GpuSampler(gpu, num_rows, vocab_size, num_rows, NUM_HISTORY_TOKENS + 8)
         for row in range(num_rows):
             self.sampler.set_row(row, make_sampling_params(fields, row), NUM_HISTORY_TOKENS // 2)
         gpu.synchronize()

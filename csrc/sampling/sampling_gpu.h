@@ -125,7 +125,7 @@ struct SampleGpuParams {
   GpuSamplingWorkspace workspace{};
 
   int32_t* sampled = nullptr;  // [S] -1: the logits held a NaN, +infinity or no finite value; a padded row's stays
-  // Of rows that ask for logprobs and have a token; else left as they were. All four null: features.logprobs is off.
+  // Of rows that ask for logprobs and have a token; else left as they were. May be null where features.logprobs is off.
   float* logprobs = nullptr;      // [S]
   int32_t* ranks = nullptr;       // [S] 1 + number of larger raw logits
   int32_t* top_ids = nullptr;     // [S, kMaxTopLogprobs], the row's num_logprobs most likely ones, descending

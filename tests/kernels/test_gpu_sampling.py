@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from runtime import _native
-from runtime.ops.sampling import SamplingParams, philox4x32_10, sample_token, sampling_distribution
+from runtime.ops.sampling import (
+    GpuSampler,
+    SamplingParams,
+    philox4x32_10,
+    sample_token,
+    sampling_distribution,
+    score_gpu,
+    soft_cap_gpu,
+)
 
 MAX_TOP = _native.max_top_logprobs
 MAX_TOKENS = 400
@@ -47,7 +55,7 @@ class Batch:
         self.logits, self.params = logits, params
         self.histories = histories or [np.zeros(0, np.int32)] * num_rows
         self.num_prompt_tokens = num_prompt_tokens or [len(history) for history in self.histories]
-        sampler = sampler or _native.GpuSampler(gpu, num_rows + 1, vocab_size, num_rows, MAX_TOKENS)
+        sampler = sampler or GpuSampler(gpu, num_rows + 1, vocab_size, num_rows, MAX_TOKENS)
         # Logit row s belongs to row num_rows - s: the two must not be taken for each other.
         rows = num_rows - np.arange(num_rows, dtype=np.int32)
         tokens = np.full((num_rows + 1, MAX_TOKENS + 1), UNTOUCHED, np.int32)
@@ -244,7 +252,7 @@ class TestEqualsCpu:
         ]
         histories = [rng.integers(0, vocab_size, 30).astype(np.int32) for _ in range(num_rows)]
         want = Batch(gpu, logits, params, histories).sampled
-        sampler = _native.GpuSampler(gpu, num_rows, vocab_size, num_rows, MAX_TOKENS)
+        sampler = GpuSampler(gpu, num_rows, vocab_size, num_rows, MAX_TOKENS)
         for s in range(num_rows):
             sampler.set_row(s, params[s], 30)
         tokens = np.full((num_rows, MAX_TOKENS), UNTOUCHED, np.int32)
@@ -337,7 +345,7 @@ class TestAdjustments:
         vocab_size = 40
         logits = rng.standard_normal((1, vocab_size)).astype(np.float32) * 3
         params = [make_params(temperature=0.0, repetition_penalty=1.7, frequency_penalty=0.9, presence_penalty=0.4)]
-        sampler = _native.GpuSampler(gpu, 2, vocab_size, 1, MAX_TOKENS)
+        sampler = GpuSampler(gpu, 2, vocab_size, 1, MAX_TOKENS)
         history = rng.integers(0, vocab_size, 10).astype(np.int32)
         for _ in range(25):
             batch = Batch(gpu, logits, params, [history], [10], sampler=sampler)
@@ -360,7 +368,7 @@ class TestAdjustments:
     def test_one_workspace_serves_call_after_call(self, gpu, rng):
         """Counters, lists and the history table are zero again after every call, whatever the rows asked for."""
         vocab_size, num_rows = 4500, 6
-        sampler = _native.GpuSampler(gpu, num_rows + 1, vocab_size, num_rows, MAX_TOKENS)
+        sampler = GpuSampler(gpu, num_rows + 1, vocab_size, num_rows, MAX_TOKENS)
         for _ in range(4):
             logits = random_logits(rng, num_rows, vocab_size)
             params = [random_params(rng, vocab_size) for _ in range(num_rows)]
@@ -409,7 +417,7 @@ class TestScore:
         rows = np.array([5, 0, 2, 3, 1, -1], np.int32)
         scores = on_gpu(gpu, np.full(num_rows, UNTOUCHED, np.float32))
         logits[3, rng.integers(0, vocab_size)] = np.nan if vocab_size > 1 else 0
-        _native.score_gpu(on_gpu(gpu, logits), on_gpu(gpu, rows), on_gpu(gpu, num_tokens), on_gpu(gpu, tokens), scores)
+        score_gpu(on_gpu(gpu, logits), on_gpu(gpu, rows), on_gpu(gpu, num_tokens), on_gpu(gpu, tokens), scores)
         got = on_host(scores, np.float32)
         exact = logits.astype(np.float64)
         exact -= exact.max(axis=1, keepdims=True)
@@ -429,7 +437,7 @@ class TestScore:
         scores = on_gpu(gpu, np.zeros(3, np.float32))
         zero = np.zeros(3, np.int32)
         rows = np.arange(3, dtype=np.int32)
-        _native.score_gpu(on_gpu(gpu, logits), on_gpu(gpu, rows), on_gpu(gpu, zero), on_gpu(gpu, tokens), scores)
+        score_gpu(on_gpu(gpu, logits), on_gpu(gpu, rows), on_gpu(gpu, zero), on_gpu(gpu, tokens), scores)
         np.testing.assert_allclose(on_host(scores, np.float32), [0, 0, -np.log(300)], rtol=1e-6)
 
 
@@ -437,7 +445,7 @@ class TestScore:
 def test_soft_cap(gpu, rng, vocab_size):
     logits = (rng.standard_normal((3, vocab_size)) * 40).astype(np.float32)
     array = on_gpu(gpu, logits)
-    _native.soft_cap_gpu(array, 30.0)
+    soft_cap_gpu(array, 30.0)
     np.testing.assert_allclose(
         on_host(array, np.float32), 30 * np.tanh(logits.astype(np.float64) / 30), rtol=1e-6, atol=1e-6
     )
@@ -457,28 +465,28 @@ class TestBadInput:
         ],
     )
     def test_a_parameter_is_named(self, gpu, field, value):
-        sampler = _native.GpuSampler(gpu, 2, 100, 1, 10, max_stop_token_ids=2, max_logit_biases=3)
+        sampler = GpuSampler(gpu, 2, 100, 1, 10, max_stop_token_ids=2, max_logit_biases=3)
         sampler.set_row(0, make_params(stop_token_ids=[1, 1, 2], logit_bias=[(1, 1.0)] * 3), 0)
         with pytest.raises(ValueError, match=field):
             sampler.set_row(0, make_params(**{field: value}), 0)
 
     def test_rows_and_sizes_are_named(self, gpu):
         with pytest.raises(ValueError, match="vocab_size"):
-            _native.GpuSampler(gpu, 2, 2**20 + 1, 1, 10)
+            GpuSampler(gpu, 2, 2**20 + 1, 1, 10)
         with pytest.raises(ValueError, match="num_rows"):
-            _native.GpuSampler(gpu, 0, 100, 1, 10)
+            GpuSampler(gpu, 0, 100, 1, 10)
         with pytest.raises(ValueError, match="max_logit_rows"):
-            _native.GpuSampler(gpu, 2, 100, 0, 10)
+            GpuSampler(gpu, 2, 100, 0, 10)
         with pytest.raises(ValueError, match="max_tokens"):
-            _native.GpuSampler(gpu, 2, 100, 1, 0)
-        sampler = _native.GpuSampler(gpu, 2, 100, 1, 10)
+            GpuSampler(gpu, 2, 100, 1, 0)
+        sampler = GpuSampler(gpu, 2, 100, 1, 10)
         with pytest.raises(ValueError, match="row"):
             sampler.set_row(2, make_params(), 0)
         with pytest.raises(ValueError, match="num_prompt_tokens"):
             sampler.set_row(0, make_params(), -1)
 
     def test_arrays_are_named(self, gpu):
-        sampler = _native.GpuSampler(gpu, 2, 100, 1, 10)
+        sampler = GpuSampler(gpu, 2, 100, 1, 10)
 
         def arrays(**changed):
             shapes = {"logits": (1, 100), "logit_rows": (1,), "num_tokens": (1,), "tokens": (2, 11), "sampled": (1,)}
@@ -498,7 +506,7 @@ class TestBadInput:
         with pytest.raises((TypeError, ValueError), match="logits"):  # a host array
             sampler.sample(np.zeros((1, 100), np.float32), *arrays()[1:])
         with pytest.raises(ValueError, match="soft_cap"):
-            _native.soft_cap_gpu(arrays()[0], 0.0)
+            soft_cap_gpu(arrays()[0], 0.0)
 
 
 class TestBarriers:
@@ -525,7 +533,7 @@ class TestBarriers:
         scores = on_gpu(gpu, np.zeros(len(fields), np.float32))
         rows = np.arange(len(fields), dtype=np.int32)
         tokens = on_gpu(gpu, np.stack(histories))
-        _native.score_gpu(on_gpu(gpu, logits), on_gpu(gpu, rows), on_gpu(gpu, rows), tokens, scores)
+        score_gpu(on_gpu(gpu, logits), on_gpu(gpu, rows), on_gpu(gpu, rows), tokens, scores)
         outputs = [batch.sampled, batch.logprobs, batch.ranks, batch.top_ids, batch.top_logprobs]
         return [output.tobytes() for output in [*outputs, on_host(scores, np.float32)]]
 
