@@ -276,7 +276,7 @@ class TestGreedy:
         logits = rng.integers(0, 3, (20, 5000)).astype(np.float32)
         logits[np.arange(20), rng.integers(0, 5000, 20)] = -0.0
         logits[0] = -0.0
-        logits[0, 17] = 0.0
+        logits[0, 16] = 0.0
         batch = Batch(gpu, logits, [make_params(temperature=0)] * 20)
         assert batch.sampled.tolist() == logits.argmax(axis=1).tolist()
 
@@ -303,6 +303,7 @@ class TestCuts:
     def test_exactly_k_of_equal_logits(self, gpu):
         """Draws at many positions reach the first k ids, and only these."""
         logits = np.zeros((60, 4200), np.float32)
+        logits[:, ::4] = -0.0  # equal to +0
         for fields in ({"top_k": 3}, {"top_p": 3 / 4200 - 1e-6}):
             params = [make_params(seed=5, **fields)] * 60
             batch = Batch(gpu, logits, params, [np.zeros(n, np.int32) for n in range(60)])
