@@ -38,9 +38,9 @@ void gated_activation(const py::object& x, const py::object& out, const std::str
                   num_scales, " of them");
   }
   if (!sum.is_none()) {
-    sum_array.emplace(*gpu, sum, "sum");
+    sum_array.emplace(*gpu, sum, "code_sum");
     params.out_sum = sum_array->view().as<int32_t>();
-    PARTITA_CHECK((*sum_array)->dtype == DType::kI32 && (*sum_array)->num_elements() == num_scales, "sum: got ",
+    PARTITA_CHECK((*sum_array)->dtype == DType::kI32 && (*sum_array)->num_elements() == num_scales, "code_sum: got ",
                   dtype_name((*sum_array)->dtype), " ", (*sum_array)->shape_text(), ", wanted int32, ", num_scales,
                   " of them");
   }
@@ -53,7 +53,7 @@ void gated_activation(const py::object& x, const py::object& out, const std::str
 
 void register_activation_gpu(py::module_& module) {
   module.def("gated_activation_gpu", &gated_activation, py::arg("x"), py::arg("out"), py::arg("activation"),
-             py::arg("scale"), py::arg("sum"), py::arg("group"), py::arg("stream"));
+             py::arg("scale"), py::arg("code_sum"), py::arg("group"), py::arg("stream"));
 }
 
 }  // namespace partita::bindings

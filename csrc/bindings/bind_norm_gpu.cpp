@@ -54,7 +54,7 @@ struct PrepareRowsArguments {
       params.out_scale = scale->view().as<float>();
     }
     if (!sum_object.is_none()) {
-      sum.emplace(*gpu, sum_object, "sum");
+      sum.emplace(*gpu, sum_object, "code_sum");
       check_scales(sum->view(), DType::kI32);
       params.out_sum = sum->view().as<int32_t>();
     }
@@ -108,10 +108,11 @@ void register_norm_gpu(py::module_& module) {
   module.def("rms_norm_gpu", &rms_norm_gpu, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("eps"),
              py::arg("add_to_out"), py::arg("stream"));
   module.def("prepare_rows", &prepare, py::arg("x"), py::arg("out"), py::arg("norm_weight"), py::arg("eps"),
-             py::arg("scale"), py::arg("sum"), py::arg("group"), py::arg("width"), py::arg("stream"));
+             py::arg("scale"), py::arg("code_sum"), py::arg("group"), py::arg("width"), py::arg("stream"));
   module.def("describe_prepare_rows", &describe, py::arg("x"), py::arg("out"), py::arg("norm_weight") = py::none(),
-             py::arg("eps") = 1e-6f, py::arg("scale") = py::none(), py::arg("sum") = py::none(), py::arg("group") = 0,
-             py::arg("width") = std::nullopt, "The schedule that prepare_rows would choose, with its reason.");
+             py::arg("eps") = 1e-6f, py::arg("scale") = py::none(), py::arg("code_sum") = py::none(),
+             py::arg("group") = 0, py::arg("width") = std::nullopt,
+             "The schedule that prepare_rows would choose, with its reason.");
 }
 
 }  // namespace partita::bindings
