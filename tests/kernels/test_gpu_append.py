@@ -195,3 +195,18 @@ def test_bad_append(gpu):
     small.arena = small.arena[:, :-16].copy()
     with pytest.raises(ValueError, match="arena"):
         small.on_gpu(gpu)
+
+
+def test_a_missing_barrier_shows():
+    """A test of these tests: without the warp's barrier, lanes overwrite q before its other half is read."""
+    gpu = _native.open_gpu("simt")
+    case = AppendCase(head_dim=128, kv_dtype="int8", has_norms=False)
+    _native.simt_take_visited_sites()
+    case.check(gpu)
+    (site,) = [site for site in _native.simt_take_visited_sites() if "append.cu" in site]
+    try:
+        _native.simt_set_disabled_site(site)
+        with pytest.raises((AssertionError, RuntimeError)):
+            case.check(gpu)
+    finally:
+        _native.simt_set_disabled_site("")
