@@ -83,6 +83,13 @@ GpuArrayArgument::GpuArrayArgument(const Gpu& gpu, py::handle object, const char
 
 bool is_gpu_array(py::handle object) { return py::isinstance<GpuArray>(object); }
 
+bool is_on_gpu(py::handle object) {
+  constexpr int32_t kDlCuda = 2;
+  if (is_gpu_array(object)) return true;
+  return py::hasattr(object, "__dlpack_device__") &&
+         py::tuple(object.attr("__dlpack_device__")())[0].cast<int32_t>() == kDlCuda;
+}
+
 std::shared_ptr<Gpu> gpu_of(std::initializer_list<py::handle> objects) {
   for (py::handle object : objects)
     if (is_gpu_array(object)) return object.cast<const GpuArray&>().gpu();
@@ -222,6 +229,7 @@ void register_gpu(py::module_& module) {
       .def("upload", &GpuArray::upload, py::arg("host"), "Copies a host array of the same shape and dtype here.")
       .def("download", &GpuArray::download, py::arg("host"), "Copies this array into a host array.");
 
+  module.def("is_on_gpu", [](const py::object& array) { return is_on_gpu(array); }, py::arg("array"));
   module.def("time_gpu_launches", &time_launches, py::arg("gpu"), py::arg("launches"), py::arg("num_runs"),
              "Milliseconds of one launch, for each of num_runs replays of a graph that holds every launch once. "
              "launches: callables that take a stream's address and enqueue on it.");

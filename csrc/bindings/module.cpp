@@ -24,4 +24,8 @@ PYBIND11_MODULE(_native, module) {
   register_sampling(module);
   register_sampling_gpu(module);
   register_program(module);
+  register_norm_gpu(module);
+  register_activation_gpu(module);
+  register_embedding_gpu(module);
+  register_append_gpu(module);
 }

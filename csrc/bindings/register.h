@@ -16,5 +16,9 @@ void register_embedding(pybind11::module_& module);
 void register_sampling(pybind11::module_& module);
 void register_sampling_gpu(pybind11::module_& module);
 void register_program(pybind11::module_& module);
+void register_norm_gpu(pybind11::module_& module);
+void register_activation_gpu(pybind11::module_& module);
+void register_embedding_gpu(pybind11::module_& module);
+void register_append_gpu(pybind11::module_& module);
 
 }  // namespace partita::bindings

@@ -1,8 +1,8 @@
 """The typed, documented faces of the native ops, one module per op folder of csrc; no logic of their own.
 
-- ``runtime.ops.norm``: ``rms_norm``
+- ``runtime.ops.norm``: ``rms_norm``, ``prepare_rows``
 - ``runtime.ops.activation``: ``gated_activation``
-- ``runtime.ops.embedding``: ``embedding``
+- ``runtime.ops.embedding``: ``embedding``, ``gpu_embedding_table``, ``gather_rows``
 - ``runtime.ops.sampling``: ``sample_token``, ``sampling_distribution``, ``philox4x32_10``, ``GpuSampler``, ``score_gpu``,
   ``soft_cap_gpu``
 
