@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "core/dtype.h"
 #include "core/gpu.h"
@@ -78,6 +79,8 @@ struct GemmKernel {
   WeightScaling scaling;
   uint32_t groups;     // sum of the group sizes it takes (16 | 32 | 64 | 128), kWholeRow for -1
   const char* layout;  // id of the packed layout that it reads: a row of packed_layouts_gpu.cpp
+  // Further needs of a kernel on N, K or the epilogue: null, or gives a sentence why not (or null).
+  const char* (*why_not)(const GemmKernelParams& params);
   int min_compute_capability, max_compute_capability;  // 80 and 0 (no limit); 90 and 90 for sm_90a code
 
   // Its tile and schedule.
@@ -100,6 +103,8 @@ struct GemmKernel {
 struct PackedLayout {
   const char* id;
   int channel_multiple, k_multiple;  // what N and K are padded to, with weights of value zero
+  // Null when this layout holds such a weight for such activations, else a sentence why not.
+  const char* (*why_not)(const CanonicalWeight& weight, GpuActivations activations);
   // Sizes of the pieces of PackedWeightView, then their bytes. `weight` has rows already concatenated and, where asked
   // for, interleaved; out pointers are host memory of the sizes asked for, zeroed.
   struct Sizes {
@@ -107,11 +112,13 @@ struct PackedLayout {
     bool has_channel_scale, has_channel_zero;
   };
   Sizes (*sizes)(const CanonicalWeight& weight, GpuActivations activations);
+  // Also fills group, num_groups, common_zero and offset of the view.
   void (*pack)(const CanonicalWeight& weight, GpuActivations activations, std::byte* codes, std::byte* group_params,
-               float* channel_scale, int32_t* channel_zero);
+               float* channel_scale, int32_t* channel_zero, PackedWeightView* view);
   // The inverse over the same bytes; `weight` gives shape and kind, its data, scales, zeros and mins are filled.
   void (*unpack)(const PackedWeightView& host_view, GpuActivations activations, CanonicalWeight* weight);
 };
 const PackedLayout* find_packed_layout(const std::string& id);
+std::vector<const PackedLayout*> all_packed_layouts();
 
 }  // namespace partita
