@@ -1,0 +1,192 @@
+#include "gemm/packed_layouts_sm90.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "core/check.h"
+#include "core/float16.h"
+#include "core/parallel_for.h"
+
+namespace partita {
+namespace {
+
+constexpr int kChannelMultiple = 128;  // rows of a CTA's tile
+constexpr int kW4InputMultiple = 64;   // inputs of a K tile
+constexpr int kHalfInputMultiple = 64;
+constexpr int kE4M3InputMultiple = 128;
+constexpr int kMiddleCode = 8;  // u4 codes are held as int4: code - 8
+
+int64_t padded(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
+
+float round_to(GpuActivations type, float value) {
+  return type == GpuActivations::kF16 ? fp16_to_float(float_to_fp16(value)) : bf16_to_float(float_to_bf16(value));
+}
+uint16_t bits_of(GpuActivations type, float value) {
+  return type == GpuActivations::kF16 ? float_to_fp16(value) : float_to_bf16(value);
+}
+float value_of(GpuActivations type, uint16_t bits) {
+  return type == GpuActivations::kF16 ? fp16_to_float(bits) : bf16_to_float(bits);
+}
+
+// ---- sm90_w4
+
+PackedLayout::Sizes w4_sizes(const CanonicalWeight& weight, GpuActivations) {
+  const size_t channels = static_cast<size_t>(padded(weight.out_features, kChannelMultiple));
+  const size_t inputs = static_cast<size_t>(padded(weight.in_features, kW4InputMultiple));
+  return {channels * inputs / 2, channels * static_cast<size_t>(weight.num_groups()) * 4, false, false};
+}
+
+void pack_w4(const CanonicalWeight& weight, GpuActivations activations, std::byte* codes, std::byte* group_params,
+             float*, int32_t*) {
+  PARTITA_CHECK(weight.codes == WeightCodes::kU4 && !weight.has_two_levels(), "weight: got ",
+                weight_codes_name(weight.codes), weight.has_two_levels() ? " in two levels" : "",
+                ", wanted u4 codes with a scale per group");
+  PARTITA_CHECK(weight.group < 0 || weight.group % kW4InputMultiple == 0, "weight.group: got ", weight.group,
+                ", wanted a multiple of ", kW4InputMultiple, " or -1");
+  PARTITA_CHECK(activations == GpuActivations::kF16 || activations == GpuActivations::kBF16, "activations: got ",
+                gpu_activations_name(activations), ", wanted f16 or bf16");
+  const int64_t channels = padded(weight.out_features, kChannelMultiple);
+  const int64_t num_groups = weight.num_groups();
+  uint16_t* scales = reinterpret_cast<uint16_t*>(group_params);
+  uint16_t* offsets = scales + num_groups * channels;
+  const auto pack_params = [&](int64_t n) {
+    for (int64_t g = 0; g < num_groups; ++g) {
+      const int64_t cell = n * num_groups + g;
+      const int zero = weight.zeros.empty() ? weight.common_zero : weight.zeros[cell];
+      // The offset belongs to the scale as it is held: a code at the zero point must come out as min.
+      const float scale = round_to(activations, weight.scales[cell]);
+      const float min = weight.mins.empty() ? 0.0f : weight.mins[cell];
+      const float offset = scale * static_cast<float>(kMiddleCode - zero) + min;
+      PARTITA_CHECK(std::isfinite(scale) && std::isfinite(round_to(activations, offset)), "weight.scales: got ",
+                    weight.scales[cell], " at row ", n, ", group ", g, ", too large for ",
+                    gpu_activations_name(activations));
+      scales[g * channels + n] = bits_of(activations, scale);
+      offsets[g * channels + n] = bits_of(activations, offset);
+    }
+  };
+  // Threads take whole fragments: 16 channels.
+  parallel_for((weight.out_features + 15) / 16, 0, [&](int64_t slab, int) {
+    const int64_t num_rows = std::min<int64_t>(16, weight.out_features - slab * 16);
+    for (int64_t row = 0; row < num_rows; ++row) pack_params(slab * 16 + row);
+    for (int64_t first_input = 0; first_input < weight.in_features; first_input += 16) {
+      const int num_inputs = static_cast<int>(std::min<int64_t>(16, weight.in_features - first_input));
+      std::byte* fragment = codes + w4_nibble(slab * 16, first_input, channels) / 2;
+      for (int row = 0; row < num_rows; ++row) {
+        const uint8_t* source = weight.data.data() + (slab * 16 + row) * weight.in_features + first_input;
+        for (int input = 0; input < num_inputs; ++input) {
+          const int nibble = w4_fragment_nibble(row, input);
+          fragment[nibble / 2] |= static_cast<std::byte>((source[input] ^ kMiddleCode) << (nibble % 2 * 4));
+        }
+      }
+    }
+  });
+}
+
+void unpack_w4(const PackedWeightView& view, GpuActivations activations, CanonicalWeight* weight) {
+  const int64_t num_groups = weight->num_groups();
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(view.group_params);
+  const uint16_t* offsets = scales + num_groups * view.padded_out_features;
+  const bool has_zeros = !weight->zeros.empty();
+  const bool has_mins = !weight->mins.empty();
+  weight->data.assign(static_cast<size_t>(weight->out_features * weight->in_features), 0);
+  for (int64_t n = 0; n < weight->out_features; ++n) {
+    for (int64_t g = 0; g < num_groups; ++g) {
+      const int64_t cell = n * num_groups + g;
+      const float scale = value_of(activations, scales[g * view.padded_out_features + n]);
+      const float offset = value_of(activations, offsets[g * view.padded_out_features + n]);
+      weight->scales[cell] = scale;
+      if (has_zeros && !has_mins && scale != 0)
+        weight->zeros[cell] = static_cast<uint8_t>(std::lround(kMiddleCode - offset / scale));
+      if (has_mins) {
+        const int zero = has_zeros ? weight->zeros[cell] : weight->common_zero;
+        weight->mins[cell] = offset - scale * static_cast<float>(kMiddleCode - zero);
+      }
+    }
+    for (int64_t k = 0; k < weight->in_features; ++k) {
+      const int64_t nibble = w4_nibble(n, k, view.padded_out_features);
+      const int code = static_cast<int>(view.codes[nibble / 2]) >> (nibble % 2 * 4) & 15;
+      weight->data[n * weight->in_features + k] = static_cast<uint8_t>(code ^ kMiddleCode);
+    }
+  }
+}
+
+// ---- sm90_e4m3, sm90_half: rows as they are, padded
+
+void pack_rows(const CanonicalWeight& weight, int input_multiple, std::byte* codes) {
+  const int64_t row_bytes = weight.in_features * static_cast<int64_t>(weight_code_bytes(weight.codes));
+  const int64_t padded_bytes =
+      padded(weight.in_features, input_multiple) * static_cast<int64_t>(weight_code_bytes(weight.codes));
+  for (int64_t n = 0; n < weight.out_features; ++n)
+    std::memcpy(codes + n * padded_bytes, weight.data.data() + n * row_bytes, static_cast<size_t>(row_bytes));
+}
+
+void unpack_rows(const PackedWeightView& view, CanonicalWeight* weight) {
+  const int64_t code_bytes = static_cast<int64_t>(weight_code_bytes(weight->codes));
+  const int64_t row_bytes = weight->in_features * code_bytes;
+  weight->data.resize(static_cast<size_t>(weight->out_features * row_bytes));
+  for (int64_t n = 0; n < weight->out_features; ++n)
+    std::memcpy(weight->data.data() + n * row_bytes, view.codes + n * view.padded_in_features * code_bytes,
+                static_cast<size_t>(row_bytes));
+}
+
+PackedLayout::Sizes e4m3_sizes(const CanonicalWeight& weight, GpuActivations) {
+  const size_t channels = static_cast<size_t>(padded(weight.out_features, kChannelMultiple));
+  const size_t inputs = static_cast<size_t>(padded(weight.in_features, kE4M3InputMultiple));
+  const bool has_blocks = weight.group_rows == 128;
+  return {channels * inputs, has_blocks ? channels / 128 * (inputs / 128) * sizeof(float) : 0, !has_blocks, false};
+}
+
+void pack_e4m3(const CanonicalWeight& weight, GpuActivations, std::byte* codes, std::byte* group_params,
+               float* channel_scale, int32_t*) {
+  const bool has_blocks = weight.group_rows == 128;
+  PARTITA_CHECK(weight.codes == WeightCodes::kE4M3 && (has_blocks || weight.group == -1), "weight: got ",
+                weight_codes_name(weight.codes), " in groups of ", weight.group,
+                ", wanted e4m3 with a scale per row or per block of 128 x 128");
+  pack_rows(weight, kE4M3InputMultiple, codes);
+  if (!has_blocks) {
+    for (int64_t n = 0; n < weight.out_features; ++n) channel_scale[n] = weight.scales[n];
+    return;
+  }
+  // A block's row of scales is as long as its row of inputs has blocks: nothing to pad.
+  std::memcpy(group_params, weight.scales.data(), weight.scales.size() * sizeof(float));
+}
+
+void unpack_e4m3(const PackedWeightView& view, GpuActivations, CanonicalWeight* weight) {
+  unpack_rows(view, weight);
+  if (weight->group_rows == 128) {
+    std::memcpy(weight->scales.data(), view.group_params, weight->scales.size() * sizeof(float));
+  } else {
+    for (int64_t n = 0; n < weight->out_features; ++n) weight->scales[n] = view.channel_scale[n];
+  }
+}
+
+PackedLayout::Sizes half_sizes(const CanonicalWeight& weight, GpuActivations) {
+  return {static_cast<size_t>(padded(weight.out_features, kChannelMultiple) *
+                              padded(weight.in_features, kHalfInputMultiple) * 2),
+          0, false, false};
+}
+
+void pack_half(const CanonicalWeight& weight, GpuActivations activations, std::byte* codes, std::byte*, float*,
+               int32_t*) {
+  PARTITA_CHECK((weight.codes == WeightCodes::kF16 && activations == GpuActivations::kF16) ||
+                    (weight.codes == WeightCodes::kBF16 && activations == GpuActivations::kBF16),
+                "weight: got ", weight_codes_name(weight.codes), " for ", gpu_activations_name(activations),
+                " activations, wanted the same 16-bit type");
+  pack_rows(weight, kHalfInputMultiple, codes);
+}
+
+void unpack_half(const PackedWeightView& view, GpuActivations, CanonicalWeight* weight) { unpack_rows(view, weight); }
+
+}  // namespace
+
+const std::vector<PackedLayout>& packed_layouts_sm90() {
+  static const std::vector<PackedLayout> layouts = {
+      {kW4Layout, kChannelMultiple, kW4InputMultiple, &w4_sizes, &pack_w4, &unpack_w4},
+      {kE4M3Layout, kChannelMultiple, kE4M3InputMultiple, &e4m3_sizes, &pack_e4m3, &unpack_e4m3},
+      {kHalfLayout, kChannelMultiple, kHalfInputMultiple, &half_sizes, &pack_half, &unpack_half},
+  };
+  return layouts;
+}
+
+}  // namespace partita
