@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstring>
 
-#include "core/check.h"
 #include "core/float16.h"
 #include "core/parallel_for.h"
 
@@ -29,7 +28,36 @@ float value_of(GpuActivations type, uint16_t bits) {
   return type == GpuActivations::kF16 ? fp16_to_float(bits) : bf16_to_float(bits);
 }
 
+bool is_half(GpuActivations activations) {
+  return activations == GpuActivations::kF16 || activations == GpuActivations::kBF16;
+}
+
 // ---- sm90_w4
+
+// value = (code - 8) * scale + offset; the offset belongs to the scale as it is held, so that a code at the zero point
+// comes out as min.
+struct GroupTerms {
+  float scale, offset;
+};
+GroupTerms group_terms(const CanonicalWeight& weight, GpuActivations activations, int64_t cell) {
+  const int zero = weight.zeros.empty() ? weight.common_zero : weight.zeros[cell];
+  const float scale = round_to(activations, weight.scales[cell]);
+  const float min = weight.mins.empty() ? 0.0f : weight.mins[cell];
+  return {scale, scale * static_cast<float>(kMiddleCode - zero) + min};
+}
+
+const char* why_not_w4(const CanonicalWeight& weight, GpuActivations activations) {
+  if (!is_half(activations)) return "wants f16 or bf16 activations";
+  if (weight.codes != WeightCodes::kU4) return "wants u4 codes";
+  if (weight.has_two_levels()) return "has no second level of scales";
+  if (weight.group >= 0 && weight.group % kW4InputMultiple != 0) return "wants groups of 64, 128 or the whole row";
+  for (size_t cell = 0; cell < weight.scales.size(); ++cell) {
+    const GroupTerms terms = group_terms(weight, activations, static_cast<int64_t>(cell));
+    if (!std::isfinite(terms.scale) || !std::isfinite(round_to(activations, terms.offset)))
+      return "a scale or offset is beyond the activation type";
+  }
+  return nullptr;
+}
 
 PackedLayout::Sizes w4_sizes(const CanonicalWeight& weight, GpuActivations) {
   const size_t channels = static_cast<size_t>(padded(weight.out_features, kChannelMultiple));
@@ -38,31 +66,22 @@ PackedLayout::Sizes w4_sizes(const CanonicalWeight& weight, GpuActivations) {
 }
 
 void pack_w4(const CanonicalWeight& weight, GpuActivations activations, std::byte* codes, std::byte* group_params,
-             float*, int32_t*) {
-  PARTITA_CHECK(weight.codes == WeightCodes::kU4 && !weight.has_two_levels(), "weight: got ",
-                weight_codes_name(weight.codes), weight.has_two_levels() ? " in two levels" : "",
-                ", wanted u4 codes with a scale per group");
-  PARTITA_CHECK(weight.group < 0 || weight.group % kW4InputMultiple == 0, "weight.group: got ", weight.group,
-                ", wanted a multiple of ", kW4InputMultiple, " or -1");
-  PARTITA_CHECK(activations == GpuActivations::kF16 || activations == GpuActivations::kBF16, "activations: got ",
-                gpu_activations_name(activations), ", wanted f16 or bf16");
+             float*, int32_t*, PackedWeightView* view) {
+  view->group = static_cast<int32_t>(weight.group);
+  view->num_groups = static_cast<int32_t>(weight.num_groups());
+  view->offset = !weight.mins.empty()    ? GroupOffset::kMin
+                 : !weight.zeros.empty() ? GroupOffset::kZero
+                                         : GroupOffset::kCommonZero;
+  view->common_zero = view->offset == GroupOffset::kCommonZero ? weight.common_zero : 0;
   const int64_t channels = padded(weight.out_features, kChannelMultiple);
   const int64_t num_groups = weight.num_groups();
   uint16_t* scales = reinterpret_cast<uint16_t*>(group_params);
   uint16_t* offsets = scales + num_groups * channels;
   const auto pack_params = [&](int64_t n) {
     for (int64_t g = 0; g < num_groups; ++g) {
-      const int64_t cell = n * num_groups + g;
-      const int zero = weight.zeros.empty() ? weight.common_zero : weight.zeros[cell];
-      // The offset belongs to the scale as it is held: a code at the zero point must come out as min.
-      const float scale = round_to(activations, weight.scales[cell]);
-      const float min = weight.mins.empty() ? 0.0f : weight.mins[cell];
-      const float offset = scale * static_cast<float>(kMiddleCode - zero) + min;
-      PARTITA_CHECK(std::isfinite(scale) && std::isfinite(round_to(activations, offset)), "weight.scales: got ",
-                    weight.scales[cell], " at row ", n, ", group ", g, ", too large for ",
-                    gpu_activations_name(activations));
-      scales[g * channels + n] = bits_of(activations, scale);
-      offsets[g * channels + n] = bits_of(activations, offset);
+      const GroupTerms terms = group_terms(weight, activations, n * num_groups + g);
+      scales[g * channels + n] = bits_of(activations, terms.scale);
+      offsets[g * channels + n] = bits_of(activations, terms.offset);
     }
   };
   // Threads take whole fragments: 16 channels.
@@ -84,24 +103,27 @@ void pack_w4(const CanonicalWeight& weight, GpuActivations activations, std::byt
 }
 
 void unpack_w4(const PackedWeightView& view, GpuActivations activations, CanonicalWeight* weight) {
+  weight->codes = WeightCodes::kU4;
+  weight->group = view.group;
+  weight->common_zero = view.common_zero;
   const int64_t num_groups = weight->num_groups();
+  const size_t num_cells = static_cast<size_t>(weight->out_features * num_groups);
+  weight->scales.assign(num_cells, 0);
+  weight->zeros.assign(view.offset == GroupOffset::kZero ? num_cells : 0, 0);
+  weight->mins.assign(view.offset == GroupOffset::kMin ? num_cells : 0, 0);
+  weight->data.assign(static_cast<size_t>(weight->out_features * weight->in_features), 0);
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(view.group_params);
   const uint16_t* offsets = scales + num_groups * view.padded_out_features;
-  const bool has_zeros = !weight->zeros.empty();
-  const bool has_mins = !weight->mins.empty();
-  weight->data.assign(static_cast<size_t>(weight->out_features * weight->in_features), 0);
   for (int64_t n = 0; n < weight->out_features; ++n) {
     for (int64_t g = 0; g < num_groups; ++g) {
       const int64_t cell = n * num_groups + g;
       const float scale = value_of(activations, scales[g * view.padded_out_features + n]);
       const float offset = value_of(activations, offsets[g * view.padded_out_features + n]);
       weight->scales[cell] = scale;
-      if (has_zeros && !has_mins && scale != 0)
-        weight->zeros[cell] = static_cast<uint8_t>(std::lround(kMiddleCode - offset / scale));
-      if (has_mins) {
-        const int zero = has_zeros ? weight->zeros[cell] : weight->common_zero;
-        weight->mins[cell] = offset - scale * static_cast<float>(kMiddleCode - zero);
-      }
+      // The zero is an integer: the rounding of the offset does not hide it.
+      if (view.offset == GroupOffset::kZero)
+        weight->zeros[cell] = static_cast<uint8_t>(scale == 0 ? 0 : std::lround(kMiddleCode - offset / scale));
+      if (view.offset == GroupOffset::kMin) weight->mins[cell] = offset - scale * kMiddleCode;
     }
     for (int64_t k = 0; k < weight->in_features; ++k) {
       const int64_t nibble = w4_nibble(n, k, view.padded_out_features);
@@ -130,6 +152,14 @@ void unpack_rows(const PackedWeightView& view, CanonicalWeight* weight) {
                 static_cast<size_t>(row_bytes));
 }
 
+const char* why_not_e4m3(const CanonicalWeight& weight, GpuActivations activations) {
+  if (activations != GpuActivations::kE4M3) return "wants e4m3 activations";
+  if (weight.codes != WeightCodes::kE4M3) return "wants e4m3 codes";
+  if (weight.group_rows == 128 ? weight.group != 128 : weight.group != -1)
+    return "wants a scale per row or per block of 128 x 128";
+  return nullptr;
+}
+
 PackedLayout::Sizes e4m3_sizes(const CanonicalWeight& weight, GpuActivations) {
   const size_t channels = static_cast<size_t>(padded(weight.out_features, kChannelMultiple));
   const size_t inputs = static_cast<size_t>(padded(weight.in_features, kE4M3InputMultiple));
@@ -138,27 +168,33 @@ PackedLayout::Sizes e4m3_sizes(const CanonicalWeight& weight, GpuActivations) {
 }
 
 void pack_e4m3(const CanonicalWeight& weight, GpuActivations, std::byte* codes, std::byte* group_params,
-               float* channel_scale, int32_t*) {
-  const bool has_blocks = weight.group_rows == 128;
-  PARTITA_CHECK(weight.codes == WeightCodes::kE4M3 && (has_blocks || weight.group == -1), "weight: got ",
-                weight_codes_name(weight.codes), " in groups of ", weight.group,
-                ", wanted e4m3 with a scale per row or per block of 128 x 128");
+               float* channel_scale, int32_t*, PackedWeightView* view) {
+  view->group = static_cast<int32_t>(weight.group);
+  view->num_groups = static_cast<int32_t>(weight.num_groups());
   pack_rows(weight, kE4M3InputMultiple, codes);
-  if (!has_blocks) {
-    for (int64_t n = 0; n < weight.out_features; ++n) channel_scale[n] = weight.scales[n];
-    return;
+  if (weight.group_rows == 1) {
+    std::copy(weight.scales.begin(), weight.scales.end(), channel_scale);
+  } else {
+    // [ceil(N / 128), ceil(K / 128)]: a row of scales is as long as the padded row has blocks.
+    std::memcpy(group_params, weight.scales.data(), weight.scales.size() * sizeof(float));
   }
-  // A block's row of scales is as long as its row of inputs has blocks: nothing to pad.
-  std::memcpy(group_params, weight.scales.data(), weight.scales.size() * sizeof(float));
 }
 
 void unpack_e4m3(const PackedWeightView& view, GpuActivations, CanonicalWeight* weight) {
+  weight->codes = WeightCodes::kE4M3;
+  weight->group = view.group;
+  weight->group_rows = view.group == 128 ? 128 : 1;
   unpack_rows(view, weight);
-  if (weight->group_rows == 128) {
-    std::memcpy(weight->scales.data(), view.group_params, weight->scales.size() * sizeof(float));
-  } else {
-    for (int64_t n = 0; n < weight->out_features; ++n) weight->scales[n] = view.channel_scale[n];
-  }
+  const int64_t num_rows = (weight->out_features + weight->group_rows - 1) / weight->group_rows;
+  const float* scales = view.group == 128 ? reinterpret_cast<const float*>(view.group_params) : view.channel_scale;
+  weight->scales.assign(scales, scales + num_rows * weight->num_groups());
+}
+
+const char* why_not_half(const CanonicalWeight& weight, GpuActivations activations) {
+  if (!is_half(activations)) return "wants f16 or bf16 activations";
+  if (weight.codes != (activations == GpuActivations::kF16 ? WeightCodes::kF16 : WeightCodes::kBF16))
+    return "wants elements of the activation type";
+  return nullptr;
 }
 
 PackedLayout::Sizes half_sizes(const CanonicalWeight& weight, GpuActivations) {
@@ -167,24 +203,23 @@ PackedLayout::Sizes half_sizes(const CanonicalWeight& weight, GpuActivations) {
           0, false, false};
 }
 
-void pack_half(const CanonicalWeight& weight, GpuActivations activations, std::byte* codes, std::byte*, float*,
-               int32_t*) {
-  PARTITA_CHECK((weight.codes == WeightCodes::kF16 && activations == GpuActivations::kF16) ||
-                    (weight.codes == WeightCodes::kBF16 && activations == GpuActivations::kBF16),
-                "weight: got ", weight_codes_name(weight.codes), " for ", gpu_activations_name(activations),
-                " activations, wanted the same 16-bit type");
+void pack_half(const CanonicalWeight& weight, GpuActivations, std::byte* codes, std::byte*, float*, int32_t*,
+               PackedWeightView*) {
   pack_rows(weight, kHalfInputMultiple, codes);
 }
 
-void unpack_half(const PackedWeightView& view, GpuActivations, CanonicalWeight* weight) { unpack_rows(view, weight); }
+void unpack_half(const PackedWeightView& view, GpuActivations activations, CanonicalWeight* weight) {
+  weight->codes = activations == GpuActivations::kF16 ? WeightCodes::kF16 : WeightCodes::kBF16;
+  unpack_rows(view, weight);
+}
 
 }  // namespace
 
 const std::vector<PackedLayout>& packed_layouts_sm90() {
   static const std::vector<PackedLayout> layouts = {
-      {kW4Layout, kChannelMultiple, kW4InputMultiple, &w4_sizes, &pack_w4, &unpack_w4},
-      {kE4M3Layout, kChannelMultiple, kE4M3InputMultiple, &e4m3_sizes, &pack_e4m3, &unpack_e4m3},
-      {kHalfLayout, kChannelMultiple, kHalfInputMultiple, &half_sizes, &pack_half, &unpack_half},
+      {kW4Layout, kChannelMultiple, kW4InputMultiple, &why_not_w4, &w4_sizes, &pack_w4, &unpack_w4},
+      {kE4M3Layout, kChannelMultiple, kE4M3InputMultiple, &why_not_e4m3, &e4m3_sizes, &pack_e4m3, &unpack_e4m3},
+      {kHalfLayout, kChannelMultiple, kHalfInputMultiple, &why_not_half, &half_sizes, &pack_half, &unpack_half},
   };
   return layouts;
 }

@@ -199,41 +199,44 @@ inline StoreTokensParams store_params(const GemmKernelParams& params) {
   throw std::runtime_error(std::string(name) + ": " + what);
 }
 
+// What TMA and the epilogue above need of a run; gives the sentence for a kernel's why_not.
+inline const char* why_not_run(const GemmKernelParams& params, int element_bytes) {
+  if (reinterpret_cast<uintptr_t>(params.x) % 16 != 0 || params.x_stride * element_bytes % 16 != 0)
+    return "TMA wants rows of x at multiples of 16 bytes";
+  if (params.weight.is_gate_interleaved != (params.gate != GateActivation::kNone))
+    return "wants interleaved gate and up rows for a gated run, and only then";
+  if (params.add_to_out && params.out_type != DType::kF32) return "adds to fp32 outputs only";
+  return nullptr;
+}
+
 template <class Gemm>
 void launch_gemm(const char* name, const GemmKernelParams& params, const typename Gemm::MainloopArguments& mainloop,
                  const StoreTokensParams& store, void* stream) {
   using Scheduler = typename Gemm::TileSchedulerArguments;
   using Mode = typename Gemm::TileScheduler::DecompositionMode;
   using Raster = typename Gemm::TileScheduler::RasterOrderOptions;
-  if (params.weight.is_gate_interleaved != (params.gate != GateActivation::kNone))
-    throw_launch_error(name, "a gated run needs a weight whose gate and up rows were interleaved, and no other run does");
-  typename Gemm::Arguments arguments{
-      cutlass::gemm::GemmUniversalMode::kGemm,
-      {static_cast<int>(params.weight.padded_out_features), params.num_tokens,
-       static_cast<int>(params.weight.in_features), 1},
-      mainloop,
-      store};
+  typename Gemm::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
+                                     {static_cast<int>(params.weight.padded_out_features), params.num_tokens,
+                                      static_cast<int>(params.weight.in_features), 1},
+                                     mainloop,
+                                     store};
   arguments.hw_info.sm_count = params.num_ctas;
   arguments.scheduler = Scheduler(params.num_splits, /*max_swizzle_size=*/1, Raster::Heuristic,
                                   params.num_splits > 1 ? Mode::SplitK : Mode::DataParallel);
-  if (params.add_to_out && params.out_type != DType::kF32)
-    throw_launch_error(name, "only fp32 outputs can be added to");
-  if (!Gemm::can_implement(arguments))
-    throw_launch_error(name, "TMA cannot read these operands (x 16-byte aligned, rows multiples of 16 bytes apart?)");
+  if (!Gemm::can_implement(arguments)) throw_launch_error(name, "the collective does not take these operands");
   // Sums of a tile (one copy: the splits add into it in turn) and, behind them, its two counters. They lie in
   // `partials`, which has room for a copy per split, and are cleared before each run.
   const size_t workspace_bytes = Gemm::get_workspace_size(arguments);
-  const int64_t num_tiles = params.weight.padded_out_features / kTileChannels *
-                            ((params.num_tokens + cute::size<1>(typename Gemm::TileShape{}) - 1) /
-                             cute::size<1>(typename Gemm::TileShape{}));
-  const size_t partials_bytes = params.num_splits > 1 ? sizeof(float) * static_cast<size_t>(num_tiles) *
-                                                            static_cast<size_t>(params.num_splits) *
-                                                            cute::size<0>(typename Gemm::TileShape{}) *
-                                                            cute::size<1>(typename Gemm::TileShape{})
-                                                      : 0;
+  const int64_t num_tiles =
+      params.weight.padded_out_features / kTileChannels *
+      ((params.num_tokens + cute::size<1>(typename Gemm::TileShape{}) - 1) / cute::size<1>(typename Gemm::TileShape{}));
+  const size_t partials_bytes =
+      params.num_splits > 1 ? sizeof(float) * static_cast<size_t>(num_tiles) * static_cast<size_t>(params.num_splits) *
+                                  cute::size<0>(typename Gemm::TileShape{}) * cute::size<1>(typename Gemm::TileShape{})
+                            : 0;
   if (workspace_bytes > partials_bytes)
-    throw_launch_error(name, "needs " + std::to_string(workspace_bytes) + " bytes of partials, has " +
-                                 std::to_string(partials_bytes));
+    throw_launch_error(
+        name, "needs " + std::to_string(workspace_bytes) + " bytes of partials, has " + std::to_string(partials_bytes));
   const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
   if (Gemm::initialize_workspace(arguments, params.partials, cuda_stream) != cutlass::Status::kSuccess)
     throw_launch_error(name, "cannot clear the counters of its splits");
@@ -247,8 +250,9 @@ void launch_gemm(const char* name, const GemmKernelParams& params, const typenam
       throw_launch_error(name, std::string("cudaFuncSetAttribute: ") + cudaGetErrorString(status));
     }
   }
-  cutlass::device_kernel<Gemm><<<Gemm::get_grid_shape(kernel_params), Gemm::get_block_shape(),
-                                 Gemm::SharedStorageSize, cuda_stream>>>(kernel_params);
+  cutlass::device_kernel<Gemm>
+      <<<Gemm::get_grid_shape(kernel_params), Gemm::get_block_shape(), Gemm::SharedStorageSize, cuda_stream>>>(
+          kernel_params);
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) throw_launch_error(name, std::string("launch: ") + cudaGetErrorString(status));
 }
@@ -256,7 +260,7 @@ void launch_gemm(const char* name, const GemmKernelParams& params, const typenam
 // What the registry says of a kernel; the rest comes from its template.
 template <class Gemm, class Mainloop>
 GemmKernel describe_gemm(const char* name, GpuActivations activations, WeightCodes codes, WeightScaling scaling,
-                         uint32_t groups, const char* layout,
+                         uint32_t groups, const char* layout, const char* (*why_not)(const GemmKernelParams& params),
                          void (*launch)(const GemmKernelParams& params, void* stream)) {
   GemmKernel kernel{};
   kernel.info = {name, ""};
@@ -265,6 +269,7 @@ GemmKernel describe_gemm(const char* name, GpuActivations activations, WeightCod
   kernel.scaling = scaling;
   kernel.groups = groups;
   kernel.layout = layout;
+  kernel.why_not = why_not;
   kernel.min_compute_capability = 90;
   kernel.max_compute_capability = 90;
   kernel.tile_tokens = cute::size<1>(typename Gemm::TileShape{});
@@ -277,7 +282,8 @@ GemmKernel describe_gemm(const char* name, GpuActivations activations, WeightCod
   kernel.shared_bytes = Gemm::SharedStorageSize;
   kernel.ctas_per_sm = 1;
   kernel.can_split = true;
-  kernel.accumulation = 0;  // tiles of other widths may well agree in every bit; that is for a GPU to show
+  // Ascending steps of a wgmma's inputs, at every width of the token tile: test_gpu_gemm_sm90.py compares the bits.
+  kernel.accumulation = GemmKernel::kAscendingWgmma;
   kernel.launch = launch;
   return kernel;
 }
