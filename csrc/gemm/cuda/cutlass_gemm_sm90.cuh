@@ -199,7 +199,8 @@ inline StoreTokensParams store_params(const GemmKernelParams& params) {
   throw std::runtime_error(std::string(name) + ": " + what);
 }
 
-// What TMA and the epilogue above need of a run; gives the sentence for a kernel's why_not.
+// What TMA and the epilogue above need of a run; gives the sentence for a kernel's why_not, which selection asks before
+// there is an x.
 inline const char* why_not_run(const GemmKernelParams& params, int element_bytes) {
   if (reinterpret_cast<uintptr_t>(params.x) % 16 != 0 || params.x_stride * element_bytes % 16 != 0)
     return "TMA wants rows of x at multiples of 16 bytes";
@@ -210,11 +211,12 @@ inline const char* why_not_run(const GemmKernelParams& params, int element_bytes
 }
 
 template <class Gemm>
-void launch_gemm(const char* name, const GemmKernelParams& params, const typename Gemm::MainloopArguments& mainloop,
-                 const StoreTokensParams& store, void* stream) {
+void launch_gemm(const char* name, const char* (*why_not)(const GemmKernelParams&), const GemmKernelParams& params,
+                 const typename Gemm::MainloopArguments& mainloop, const StoreTokensParams& store, void* stream) {
   using Scheduler = typename Gemm::TileSchedulerArguments;
   using Mode = typename Gemm::TileScheduler::DecompositionMode;
   using Raster = typename Gemm::TileScheduler::RasterOrderOptions;
+  if (const char* reason = why_not(params)) throw_launch_error(name, reason);
   typename Gemm::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
                                      {static_cast<int>(params.weight.padded_out_features), params.num_tokens,
                                       static_cast<int>(params.weight.in_features), 1},
