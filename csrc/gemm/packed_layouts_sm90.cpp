@@ -13,7 +13,7 @@ namespace {
 constexpr int kChannelMultiple = 128;  // rows of a CTA's tile
 constexpr int kW4InputMultiple = 64;   // inputs of a K tile
 constexpr int kHalfInputMultiple = 64;
-constexpr int kE4M3InputMultiple = 128;
+constexpr int kByteInputMultiple = 128;
 constexpr int kMiddleCode = 8;  // u4 codes are held as int4: code - 8
 
 int64_t padded(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
@@ -133,7 +133,7 @@ void unpack_w4(const PackedWeightView& view, GpuActivations activations, Canonic
   }
 }
 
-// ---- sm90_e4m3, sm90_half: rows as they are, padded
+// ---- sm90_e4m3, sm90_s8, sm90_half: rows as they are, padded
 
 void pack_rows(const CanonicalWeight& weight, int input_multiple, std::byte* codes) {
   const int64_t row_bytes = weight.in_features * static_cast<int64_t>(weight_code_bytes(weight.codes));
@@ -162,7 +162,7 @@ const char* why_not_e4m3(const CanonicalWeight& weight, GpuActivations activatio
 
 PackedLayout::Sizes e4m3_sizes(const CanonicalWeight& weight, GpuActivations) {
   const size_t channels = static_cast<size_t>(padded(weight.out_features, kChannelMultiple));
-  const size_t inputs = static_cast<size_t>(padded(weight.in_features, kE4M3InputMultiple));
+  const size_t inputs = static_cast<size_t>(padded(weight.in_features, kByteInputMultiple));
   const bool has_blocks = weight.group_rows == 128;
   return {channels * inputs, has_blocks ? channels / 128 * (inputs / 128) * sizeof(float) : 0, !has_blocks, false};
 }
@@ -171,7 +171,7 @@ void pack_e4m3(const CanonicalWeight& weight, GpuActivations, std::byte* codes, 
                float* channel_scale, int32_t*, PackedWeightView* view) {
   view->group = static_cast<int32_t>(weight.group);
   view->num_groups = static_cast<int32_t>(weight.num_groups());
-  pack_rows(weight, kE4M3InputMultiple, codes);
+  pack_rows(weight, kByteInputMultiple, codes);
   if (weight.group_rows == 1) {
     std::copy(weight.scales.begin(), weight.scales.end(), channel_scale);
   } else {
@@ -188,6 +188,33 @@ void unpack_e4m3(const PackedWeightView& view, GpuActivations, CanonicalWeight* 
   const int64_t num_rows = (weight->out_features + weight->group_rows - 1) / weight->group_rows;
   const float* scales = view.group == 128 ? reinterpret_cast<const float*>(view.group_params) : view.channel_scale;
   weight->scales.assign(scales, scales + num_rows * weight->num_groups());
+}
+
+const char* why_not_s8(const CanonicalWeight& weight, GpuActivations activations) {
+  if (activations != GpuActivations::kInt8) return "wants int8 activations";
+  if (weight.codes != WeightCodes::kS8) return "wants s8 codes";
+  if (weight.group != -1) return "wants a scale per row";
+  if (weight.common_zero != 0 || !weight.mins.empty()) return "wants neither zero nor min";
+  return nullptr;
+}
+
+PackedLayout::Sizes s8_sizes(const CanonicalWeight& weight, GpuActivations) {
+  return {static_cast<size_t>(padded(weight.out_features, kChannelMultiple) *
+                              padded(weight.in_features, kByteInputMultiple)),
+          0, true, false};
+}
+
+void pack_s8(const CanonicalWeight& weight, GpuActivations, std::byte* codes, std::byte*, float* channel_scale,
+             int32_t*, PackedWeightView*) {
+  pack_rows(weight, kByteInputMultiple, codes);
+  std::copy(weight.scales.begin(), weight.scales.end(), channel_scale);
+}
+
+void unpack_s8(const PackedWeightView& view, GpuActivations, CanonicalWeight* weight) {
+  weight->codes = WeightCodes::kS8;
+  weight->group = -1;
+  unpack_rows(view, weight);
+  weight->scales.assign(view.channel_scale, view.channel_scale + weight->out_features);
 }
 
 const char* why_not_half(const CanonicalWeight& weight, GpuActivations activations) {
@@ -218,7 +245,8 @@ void unpack_half(const PackedWeightView& view, GpuActivations activations, Canon
 const std::vector<PackedLayout>& packed_layouts_sm90() {
   static const std::vector<PackedLayout> layouts = {
       {kW4Layout, kChannelMultiple, kW4InputMultiple, &why_not_w4, &w4_sizes, &pack_w4, &unpack_w4},
-      {kE4M3Layout, kChannelMultiple, kE4M3InputMultiple, &why_not_e4m3, &e4m3_sizes, &pack_e4m3, &unpack_e4m3},
+      {kE4M3Layout, kChannelMultiple, kByteInputMultiple, &why_not_e4m3, &e4m3_sizes, &pack_e4m3, &unpack_e4m3},
+      {kS8Layout, kChannelMultiple, kByteInputMultiple, &why_not_s8, &s8_sizes, &pack_s8, &unpack_s8},
       {kHalfLayout, kChannelMultiple, kHalfInputMultiple, &why_not_half, &half_sizes, &pack_half, &unpack_half},
   };
   return layouts;

@@ -6,6 +6,7 @@
 //               type, then offsets [group, channel]: value = (code - 8) * scale + offset
 //   sm90_e4m3   codes: [channel, input] e4m3.   channel_scale [channel], or group_params: fp32 [channel / 128,
 //               input / 128]
+//   sm90_s8     codes: [channel, input] s8.   channel_scale [channel]
 //   sm90_half   codes: [channel, input] fp16 or bf16
 #pragma once
 
@@ -18,6 +19,7 @@ namespace partita {
 
 constexpr const char* kW4Layout = "sm90_w4";
 constexpr const char* kE4M3Layout = "sm90_e4m3";
+constexpr const char* kS8Layout = "sm90_s8";
 constexpr const char* kHalfLayout = "sm90_half";
 
 // Place of a code in its fragment, in nibbles: lane 4 * (channel % 8) + input % 8 / 2 has one word, and in it the

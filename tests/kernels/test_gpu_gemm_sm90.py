@@ -200,6 +200,22 @@ def test_fp8_rows_and_scales(has_blocks: bool) -> None:
     assert (group, group_rows) == ((128, 128) if has_blocks else (-1, 1))
 
 
+def test_int8_rows_and_scales() -> None:
+    rows, cols = 130, 200
+    rng = np.random.default_rng(13)
+    data = rng.integers(-128, 128, (rows, cols), dtype=np.int8)
+    scales = rng.uniform(0.1, 2, rows).astype(np.float32)
+    packed = native.HostPackedWeight("sm90_s8", "int8", "s8", data.tobytes(), rows, cols, scales.tolist())
+    assert packed.shape == (256, 256)
+    held = np.frombuffer(packed.codes, np.int8).reshape(256, 256)
+    np.testing.assert_array_equal(held[:rows, :cols], data)
+    assert not held[rows:].any() and not held[:, cols:].any()
+    np.testing.assert_array_equal(np.float32(packed.channel_scale), [*scales, *[0] * 126])
+    unpacked, unpacked_scales, *_ = packed.unpack()
+    assert unpacked == data.tobytes()
+    np.testing.assert_array_equal(np.float32(unpacked_scales), scales)
+
+
 @pytest.mark.parametrize("activations", ["bf16", "f16"])
 def test_half_rows_are_padded_with_zeros(activations: str) -> None:
     rows, cols = 130, 72

@@ -30,7 +30,7 @@ def cutlass_kernels() -> list[sass_report.KernelCode]:
 
 def test_hopper_kernels_use_wgmma_and_tma(cutlass_kernels: list[sass_report.KernelCode]) -> None:
     for kernel in cutlass_kernels:
-        wanted = "QGMMA" if "fp8" in kernel.name else "HGMMA"
+        wanted = "QGMMA" if "fp8" in kernel.name else "IGMMA" if "int8" in kernel.name else "HGMMA"
         assert kernel.counts[wanted] > 0, f"{kernel.name}: no {wanted}"
         assert kernel.counts["UTMALDG"] > 0, f"{kernel.name}: no load through TMA"
         assert kernel.counts["HMMA"] == 0, f"{kernel.name}: falls back to mma.sync"

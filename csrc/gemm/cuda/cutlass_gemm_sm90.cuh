@@ -133,8 +133,8 @@ class StoreTokens {
             const int32_t token = first_token + get<1>(places(make_coord(odd, 0, eight), m, n));
             if (token >= params_.num_tokens || !is_first) continue;
             const float token_scale = params_.token_scale ? params_.token_scale[token] : 1.0f;
-            const float first = sums(make_coord(odd, 0, eight), m, n) * (first_scale * token_scale) + first_bias;
-            const float second = sums(make_coord(odd, 1, eight), m, n) * (second_scale * token_scale) + second_bias;
+            const float first = scaled(sums(make_coord(odd, 0, eight), m, n), first_scale, token_scale) + first_bias;
+            const float second = scaled(sums(make_coord(odd, 1, eight), m, n), second_scale, token_scale) + second_bias;
             Out* row = static_cast<Out*>(params_.out) + token * params_.out_stride;
             if (is_gated) {
               store_value(row + output, gated(first) * second);
@@ -146,6 +146,12 @@ class StoreTokens {
         }
       }
     }
+  }
+
+  // In this order, each product rounded: integer sums give the bits that the kernels of the sm_80 family give.
+  template <class Sum>
+  CUTLASS_DEVICE static float scaled(Sum sum, float channel_scale, float token_scale) {
+    return __fmul_rn(__fmul_rn(static_cast<float>(sum), channel_scale), token_scale);
   }
 
   // Hardware exponential and division: errors of some 2^-21 of the result, before it is narrowed to 16 bits.
@@ -285,7 +291,8 @@ GemmKernel describe_gemm(const char* name, GpuActivations activations, WeightCod
   kernel.ctas_per_sm = 1;
   kernel.can_split = true;
   // Ascending steps of a wgmma's inputs, at every width of the token tile: test_gpu_gemm_sm90.py compares the bits.
-  kernel.accumulation = GemmKernel::kAscendingWgmma;
+  kernel.accumulation =
+      cute::is_same_v<typename Gemm::ElementAccumulator, int32_t> ? GemmKernel::kIntegers : GemmKernel::kAscendingWgmma;
   kernel.launch = launch;
   return kernel;
 }
