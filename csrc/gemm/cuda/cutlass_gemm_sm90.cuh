@@ -181,6 +181,13 @@ using RowStride = cute::Stride<int64_t, cute::Int<1>, int64_t>;
 
 inline RowStride row_stride(int64_t elements) { return {elements, cute::Int<1>{}, 0}; }
 
+// Of x. With a single token there is no next one, and its caller's stride may be anything; TMA still wants a legal one.
+inline RowStride token_stride(const GemmKernelParams& params, int element_bytes) {
+  const int64_t elements_of_16_bytes = 16 / element_bytes;
+  const int64_t row = (params.weight.in_features + elements_of_16_bytes - 1) / elements_of_16_bytes;
+  return row_stride(params.num_tokens == 1 ? row * elements_of_16_bytes : params.x_stride);
+}
+
 // Persistent; splits K where it is told to and lets the splits of a tile add up one after another in a fixed order, so
 // a result does not depend on timing.
 template <class Mainloop>
@@ -208,7 +215,8 @@ inline StoreTokensParams store_params(const GemmKernelParams& params) {
 // What TMA and the epilogue above need of a run; gives the sentence for a kernel's why_not, which selection asks before
 // there is an x.
 inline const char* why_not_run(const GemmKernelParams& params, int element_bytes) {
-  if (reinterpret_cast<uintptr_t>(params.x) % 16 != 0 || params.x_stride * element_bytes % 16 != 0)
+  if (reinterpret_cast<uintptr_t>(params.x) % 16 != 0 ||
+      (params.num_tokens > 1 && params.x_stride * element_bytes % 16 != 0))
     return "TMA wants rows of x at multiples of 16 bytes";
   if (params.weight.is_gate_interleaved != (params.gate != GateActivation::kNone))
     return "wants interleaved gate and up rows for a gated run, and only then";
