@@ -465,8 +465,8 @@ constexpr PackedLayout kLayouts[] = {
 
 std::vector<const PackedLayout*> all_packed_layouts() {
   std::vector<const PackedLayout*> layouts;
-  for (const PackedLayout& layout : kLayouts) layouts.push_back(&layout);
   for (const PackedLayout& layout : packed_layouts_sm90()) layouts.push_back(&layout);
+  for (const PackedLayout& layout : kLayouts) layouts.push_back(&layout);  // the naive one last
   return layouts;
 }
 
