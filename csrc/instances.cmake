@@ -34,6 +34,20 @@ endfunction()
 # ---- gemm
 
 # ---- attention
+# Decode: attend_decode_d<head_dim>_<k>_<v>. Smaller heads run in the next larger one, padded.
+foreach(head_dim 64 128 256)
+  foreach(pair "BF16 BF16" "F16 F16" "Int8 Int8" "E4M3 E4M3" "Int4Plain Int4Plain" "Int4Plain BF16" "Int4Plain F16"
+          "Int8 Int4Plain")
+    string(REPLACE " " ";" codecs ${pair})
+    list(GET codecs 0 k)
+    list(GET codecs 1 v)
+    string(TOLOWER "attend_decode_d${head_dim}_${k}_${v}" name)
+    string(REPLACE "int4plain" "int4" name ${name})
+    string(REPLACE "e4m3" "fp8" name ${name})
+    partita_instance(${name} attention/cuda/attend_decode.cu.in 20 NAME=${name} VERIFIED= HEAD_DIM=${head_dim} K=k${k}
+                     V=k${v})
+  endforeach()
+endforeach()
 
 # ----
 if(PARTITA_INSTANCE_SECONDS GREATER PARTITA_INSTANCE_BUDGET_SECONDS)

@@ -18,6 +18,7 @@ PYBIND11_MODULE(_native, module) {
   register_gpu(module);
   register_gemm(module);
   register_attention(module);
+  register_attention_gpu(module);
   register_norm(module);
   register_activation(module);
   register_embedding(module);

@@ -10,6 +10,7 @@ void register_cuda(pybind11::module_& module);
 void register_gpu(pybind11::module_& module);
 void register_gemm(pybind11::module_& module);
 void register_attention(pybind11::module_& module);
+void register_attention_gpu(pybind11::module_& module);
 void register_norm(pybind11::module_& module);
 void register_activation(pybind11::module_& module);
 void register_embedding(pybind11::module_& module);
