@@ -49,6 +49,19 @@ foreach(head_dim 64 128 256)
   endforeach()
 endforeach()
 
+# Prefill: attend_prefill_d<head_dim>_<type>, for pages of that type, or _converting, for any codec but fp32.
+foreach(head_dim 64 128 256)
+  foreach(kind "bf16 BF16 false" "fp16 F16 false" "converting F16 true")
+    string(REPLACE " " ";" kind ${kind})
+    list(GET kind 0 label)
+    list(GET kind 1 codec)
+    list(GET kind 2 converts)
+    set(name attend_prefill_d${head_dim}_${label})
+    partita_instance(${name} attention/cuda/attend_prefill.cu.in 20 NAME=${name} VERIFIED= HEAD_DIM=${head_dim}
+                     CODEC=k${codec} CONVERTS=${converts})
+  endforeach()
+endforeach()
+
 # ----
 if(PARTITA_INSTANCE_SECONDS GREATER PARTITA_INSTANCE_BUDGET_SECONDS)
   message(FATAL_ERROR "csrc/instances.cmake: ${PARTITA_INSTANCE_SECONDS} s of nvcc, more than the budget of "
