@@ -76,6 +76,9 @@ AttendKernelParams kernel_params(const GpuAttentionParams& params, const GpuAtte
   kernel.out_type = params.out_type;
   kernel.scale = params.scale;
   kernel.soft_cap = params.soft_cap;
+  constexpr float kLog2E = 1.4426950408889634f;
+  kernel.score_scale = params.soft_cap > 0 ? params.scale / params.soft_cap : params.scale * kLog2E;
+  kernel.score_cap = params.soft_cap * kLog2E;
   return kernel;
 }
 

@@ -61,6 +61,8 @@ struct AttendKernelParams {
   int64_t out_stride;
   DType q_type, out_type;
   float scale, soft_cap;
+  // The same in units of log2. Sums of products times score_scale are scores, or what is capped at score_cap.
+  float score_scale, score_cap;
   // plan, in device memory
   const int32_t* queues;         // [grid + 1]
   const GpuAttendItem* items;    // [queues[grid]]

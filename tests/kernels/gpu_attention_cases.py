@@ -48,9 +48,7 @@ class GpuStep:
         self.positions = np.concatenate([np.arange(s, s + n) for s, n in step.requests] + [np.full(padded_rows, -1)])
         tables = np.full((len(self.starts), step.page_tables.shape[1]), -1, np.int32)
         tables[: len(counts)] = step.page_tables
-        self.plan = plan or _native.GpuAttentionPlan(
-            gpu, layout, step.num_q_heads, qkv_dtype=dtype, exact=step.exact
-        )
+        self.plan = plan or _native.GpuAttentionPlan(gpu, layout, step.num_q_heads, qkv_dtype=dtype, exact=step.exact)
         self.arrays = [
             to_device(gpu, step.arena), to_device(gpu, self.positions.astype(np.int32)),
             to_device(gpu, self.requests), to_device(gpu, self.cu), to_device(gpu, self.starts), to_device(gpu, tables),

@@ -181,7 +181,6 @@ __global__ void __launch_bounds__(kDecodeThreads, DecodeShape<kHeadDim, kKCodec,
   const int warp = static_cast<int>(threadIdx.x) / device::kWarpSize;
   const int lane = static_cast<int>(device::lane_idx());
   const int g = lane / 4, pair = lane % 4;
-  const ScoreScale score_scale(params);
 
   const int last_item = params.queues[blockIdx.x + 1];
   for (int item_idx = params.queues[blockIdx.x]; item_idx < last_item; ++item_idx) {
@@ -240,7 +239,7 @@ __global__ void __launch_bounds__(kDecodeThreads, DecodeShape<kHeadDim, kKCodec,
         total += __shfl_xor_sync(device::kFullWarp, total, 2);
 #pragma unroll
         for (int c = 0; c < 2; ++c)
-          query_sum[tile][c] = __shfl_sync(device::kFullWarp, total, (pair * 2 + c) * 4) * score_scale.scale;
+          query_sum[tile][c] = __shfl_sync(device::kFullWarp, total, (pair * 2 + c) * 4) * params.score_scale;
       }
     }
 
@@ -345,11 +344,11 @@ __global__ void __launch_bounds__(kDecodeThreads, DecodeShape<kHeadDim, kKCodec,
         for (int i = 0; i < 4; ++i) {
           float s;
           if constexpr (K::kHasParams)
-            s = fmaf(scores[tile][i], k_params[i / 2].x * (K::kUnit * score_scale.scale),
+            s = fmaf(scores[tile][i], k_params[i / 2].x * (K::kUnit * params.score_scale),
                      k_params[i / 2].y * query_sum[tile][i % 2]);
           else
-            s = scores[tile][i] * (K::kUnit * score_scale.scale);
-          s = score_scale.finish(s);
+            s = scores[tile][i] * (K::kUnit * params.score_scale);
+          s = finish_score(params, s);
           const int at = token + g + i / 2 * 8;
           scores[tile][i] = at >= first_seen[tile][i % 2] && at <= last_seen[tile][i % 2] ? s : kNegativeInfinity;
         }
@@ -410,8 +409,7 @@ __global__ void __launch_bounds__(kDecodeThreads, DecodeShape<kHeadDim, kKCodec,
         }
       }
     }
-    device::cp_async_wait<0>();
-    __syncthreads();  // no warp reads its stages any more
+    __syncthreads();  // no warp reads its stages any more; copies past the last tile were never started
 
     // The warps' results side by side.
     typename Shape::Merge& merge = storage.merge;

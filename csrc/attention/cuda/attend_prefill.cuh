@@ -247,7 +247,6 @@ __global__ void __launch_bounds__(kPrefillThreads, kConverts || kHeadDim > 128 ?
   const int warp = static_cast<int>(threadIdx.x) / device::kWarpSize;
   const int lane = static_cast<int>(device::lane_idx());
   const int g = lane / 4, pair = lane % 4, matrix = lane / 8;
-  const ScoreScale score_scale(params);
   const int warp_row = warp * 16 * kRowTiles;
 
   for (int item_idx = params.queues[blockIdx.x]; item_idx < params.queues[blockIdx.x + 1]; ++item_idx) {
@@ -261,8 +260,9 @@ __global__ void __launch_bounds__(kPrefillThreads, kConverts || kHeadDim > 128 ?
       fetch.to_raw(params.k, storage.raw.k, storage.raw.k_params, first_token, tile_pages);
       fetch.to_raw(params.v, storage.raw.v, storage.raw.v_params, first_token, tile_pages);
     } else {
-      fetch.to_matrix(params.k, storage.k[0], first_token, tile_pages);
-      fetch.to_matrix(params.v, storage.v[0], first_token, tile_pages);
+      const int buffer = first_token / kTokens & 1;
+      fetch.to_matrix(params.k, storage.k[buffer], first_token, tile_pages);
+      fetch.to_matrix(params.v, storage.v[buffer], first_token, tile_pages);
     }
     device::cp_async_commit();
     load_query_tile<Shape, kIsBF16>(params, item, storage.q);
@@ -303,9 +303,9 @@ __global__ void __launch_bounds__(kPrefillThreads, kConverts || kHeadDim > 128 ?
     }
 
     int next_pages = fetch.page_of(first_token + kTokens);
-    int buffer = 0;
     for (int token = first_token; token < item.kv_end; token += kTokens) {
       const int next_token = token + kTokens;
+      const int buffer = kConverts ? 0 : token / kTokens & 1;
       device::cp_async_wait<0>();
       __syncthreads();  // the tile has arrived, the one before it has been read
       if constexpr (kConverts) {
@@ -324,7 +324,6 @@ __global__ void __launch_bounds__(kPrefillThreads, kConverts || kHeadDim > 128 ?
       next_pages = fetch.page_of(next_token + kTokens);
       const uint4* k_tile = storage.k[buffer];
       const uint4* v_tile = storage.v[buffer];
-      if constexpr (!kConverts) buffer ^= 1;
       if (token > warp_last) continue;  // no row of this warp sees it
 
       float scores[kRowTiles][kTokenTiles][4];
@@ -362,7 +361,7 @@ __global__ void __launch_bounds__(kPrefillThreads, kConverts || kHeadDim > 128 ?
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) scores[m][t][i] = score_scale.finish(scores[m][t][i] * score_scale.scale);
+          for (int i = 0; i < 4; ++i) scores[m][t][i] = finish_score(params, scores[m][t][i] * params.score_scale);
         if (has_masked)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -429,7 +428,6 @@ __global__ void __launch_bounds__(kPrefillThreads, kConverts || kHeadDim > 128 ?
         }
       }
     }
-    device::cp_async_wait<0>();
 
     // Read again: kept through the loop it would take registers from the output.
     const GpuAttendItem done = params.items[item_idx];

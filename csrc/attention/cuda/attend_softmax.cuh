@@ -12,16 +12,9 @@ __device__ __forceinline__ float soft_capped(float x_over_cap, float cap) {
   return cap - 2.0f * cap * device::rcp_approx(1.0f + e);
 }
 
-struct ScoreScale {
-  float scale;     // of sums of products, to what soft_cap or the softmax takes
-  float soft_cap;  // in units of log2; 0: none
-
-  __device__ __forceinline__ explicit ScoreScale(const AttendKernelParams& params)
-      : scale(params.soft_cap > 0 ? params.scale / params.soft_cap : params.scale * kLog2E),
-        soft_cap(params.soft_cap * kLog2E) {}
-  __device__ __forceinline__ float finish(float scaled) const {
-    return soft_cap > 0 ? soft_capped(scaled, soft_cap) : scaled;
-  }
-};
+// A sum of products times params.score_scale -> its score.
+__device__ __forceinline__ float finish_score(const AttendKernelParams& params, float scaled) {
+  return params.score_cap > 0 ? soft_capped(scaled, params.score_cap) : scaled;
+}
 
 }  // namespace partita
