@@ -20,6 +20,7 @@ PYBIND11_MODULE(_native, module) {
   register_packed_layout(module);
   register_gemm_gpu(module);
   register_attention(module);
+  register_attention_gpu(module);
   register_norm(module);
   register_activation(module);
   register_embedding(module);

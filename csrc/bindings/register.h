@@ -12,6 +12,7 @@ void register_gemm(pybind11::module_& module);
 void register_packed_layout(pybind11::module_& module);
 void register_gemm_gpu(pybind11::module_& module);
 void register_attention(pybind11::module_& module);
+void register_attention_gpu(pybind11::module_& module);
 void register_norm(pybind11::module_& module);
 void register_activation(pybind11::module_& module);
 void register_embedding(pybind11::module_& module);
