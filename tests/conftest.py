@@ -27,7 +27,34 @@ def gpu(request):
     """The device of each world: host execution of the CUDA sources, and a real GPU where there is one."""
     from runtime import _native
 
+    request.node.user_properties.append(("world", request.param))
     return _native.open_gpu(request.param)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What ran where: device kernels on the host, on a GPU, or not at all."""
+    counts: dict[tuple[str, str], int] = {}
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, world in getattr(report, "user_properties", ()):
+                if name == "world":
+                    counts[world, outcome] = counts.get((world, outcome), 0) + 1
+    if not counts and not has_cuda_device():
+        return
+    from runtime import _native
+
+    terminalreporter.section("device kernels: what ran where")
+    for world, what in (("simt", "host execution (simt)"), ("cuda", "CUDA device")):
+        line = ", ".join(f"{counts[world, o]} {o}" for o in ("passed", "failed", "skipped") if (world, o) in counts)
+        terminalreporter.write_line(f"{what}: {line or 'no test'}")
+    if _native.gpu_library("simt")["compiled"]:
+        run = _native.simt_statistics()
+        terminalreporter.write_line(
+            f"simt: {run['num_launches']} launches, {run['num_threads']} threads, {run['num_checked_accesses']} loads "
+            f"and stores checked, {run['num_reports']} reports (tests that plant an error included)"
+        )
+    if not has_cuda_device():
+        terminalreporter.write_line("no CUDA device here: bodies of sm_90a kernels were not run")
 
 
 def pytest_report_header() -> str:

@@ -100,6 +100,50 @@ GpuStream stream_argument(Gpu& gpu, const py::object& stream) {
 
 namespace {
 
+// Device time of launches, as a replayed graph gives it: no host between two of them.
+std::vector<float> time_launches(const std::shared_ptr<Gpu>& gpu, const std::vector<py::function>& launches,
+                                 int num_runs) {
+  PARTITA_CHECK(gpu != nullptr, "gpu: got none");
+  PARTITA_CHECK(!launches.empty(), "launches: got none, wanted at least one");
+  PARTITA_CHECK(num_runs > 0, "num_runs: got ", num_runs, ", wanted a positive number");
+  struct Timing {
+    explicit Timing(Gpu& g)
+        : gpu(g), stream(g.create_stream()), begin(g.create_event(true)), end(g.create_event(true)) {}
+    ~Timing() {
+      if (graph) gpu.destroy_graph(graph);
+      gpu.destroy_event(begin);
+      gpu.destroy_event(end);
+      gpu.destroy_stream(stream);
+    }
+    Gpu& gpu;
+    GpuStream stream;
+    GpuEvent begin, end;
+    GpuGraph graph = nullptr;
+  } timing(*gpu);
+  const py::int_ stream(reinterpret_cast<uintptr_t>(timing.stream));
+  for (const py::function& launch : launches) launch(stream);  // modules are loaded now, not in the capture
+  gpu->synchronize(timing.stream);
+  gpu->begin_capture(timing.stream);
+  try {
+    for (const py::function& launch : launches) launch(stream);
+  } catch (...) {
+    gpu->destroy_graph(gpu->end_capture(timing.stream));
+    throw;
+  }
+  timing.graph = gpu->end_capture(timing.stream);
+  const py::gil_scoped_release no_gil;
+  gpu->launch_graph(timing.graph, timing.stream);  // warm-up
+  std::vector<float> times_ms;
+  for (int run = 0; run < num_runs; ++run) {
+    gpu->record(timing.begin, timing.stream);
+    gpu->launch_graph(timing.graph, timing.stream);
+    gpu->record(timing.end, timing.stream);
+    gpu->wait(timing.end);
+    times_ms.push_back(gpu->elapsed_ms(timing.begin, timing.end) / static_cast<float>(launches.size()));
+  }
+  return times_ms;
+}
+
 DType dtype_named(const std::string& name) {
   for (int i = 0; i <= static_cast<int>(DType::kF64); ++i)
     if (name == dtype_name(static_cast<DType>(i))) return static_cast<DType>(i);
