@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "core/check.h"
-#include "program/frame.h"
+#include "program/cpu_frame.h"
 
 namespace partita {
 
@@ -48,7 +48,7 @@ NodeCost AttentionOp::cost(const StepShape& shape) const {
   return node_cost;
 }
 
-AttentionParams AttentionOp::params(const Frame& frame) const {
+AttentionParams AttentionOp::params(const CpuFrame& frame) const {
   AttentionParams p;
   p.layout = &node_.layout;
   p.layer = node_.layer_in_group;
@@ -67,12 +67,12 @@ AttentionParams AttentionOp::params(const Frame& frame) const {
   return p;
 }
 
-int64_t AttentionOp::num_chunks(const Frame& frame, int phase) const {
+int64_t AttentionOp::num_chunks(const CpuFrame& frame, int phase) const {
   if (phase == 0) return append_num_chunks(params(frame), frame.attention_batch(node_.group));
   return frame.attention_plan(node_.plan).num_chunks();
 }
 
-void AttentionOp::run_chunk(Frame& frame, int phase, int64_t chunk, Worker& worker, const void*) const {
+void AttentionOp::run_chunk(CpuFrame& frame, int phase, int64_t chunk, Worker& worker, const void*) const {
   const AttentionParams p = params(frame);
   const AttentionBatch& batch = frame.attention_batch(node_.group);
   if (phase == 0) {

@@ -27,7 +27,7 @@ struct AttentionNode {
   BufferId output = kNoBuffer;  // [T, Hq * D] fp32
 };
 
-class AttentionOp final : public Op {
+class AttentionOp final : public CpuOp {
  public:
   AttentionOp(AttentionNode node, int64_t qkv_stride, int64_t output_stride);
 
@@ -36,11 +36,11 @@ class AttentionOp final : public Op {
   ResourceClass resource_class(const StepShape& shape) const override;
   NodeCost cost(const StepShape& shape) const override;
   int num_phases() const override { return 2; }
-  int64_t num_chunks(const Frame& frame, int phase) const override;
-  void run_chunk(Frame& frame, int phase, int64_t chunk, Worker& worker, const void* stage) const override;
+  int64_t num_chunks(const CpuFrame& frame, int phase) const override;
+  void run_chunk(CpuFrame& frame, int phase, int64_t chunk, Worker& worker, const void* stage) const override;
 
  private:
-  AttentionParams params(const Frame& frame) const;
+  AttentionParams params(const CpuFrame& frame) const;
 
   AttentionNode node_;
   int64_t qkv_stride_;

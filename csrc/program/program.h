@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "core/dtype.h"
+#include "core/gpu.h"
 #include "program/op.h"
 
 namespace partita {
@@ -19,13 +21,18 @@ enum class RowKind { kToken, kLogitRow };
 struct BufferSpec {
   std::string name;
   RowKind rows = RowKind::kToken;
-  int64_t row_bytes = 0;
+  int64_t width = 0;  // elements of a row
+  DType dtype = DType::kF32;
+
+  int64_t row_bytes() const { return width * static_cast<int64_t>(dtype_bytes(dtype)); }
 };
 
 struct Node {
   std::string name;  // "layers.3.attention"
   int layer = -1;    // -1: outside the layers
   std::unique_ptr<Op> op;
+  const CpuOp* cpu_op = nullptr;  // the op, on the program's device; the other is null
+  const GpuOp* gpu_op = nullptr;
   std::vector<BufferId> reads;
   std::vector<BufferId> writes;
   std::vector<BufferId> live_after;  // buffers that a frame resting after this node must keep
@@ -39,9 +46,14 @@ struct ProgramAttention {
 
 class Program {
  public:
-  BufferId add_buffer(std::string name, RowKind rows, int64_t row_bytes);
-  // Appends a node; returns its index. Throws after seal().
-  int add_node(std::string name, int layer, std::unique_ptr<Op> op, std::vector<BufferId> reads,
+  // gpu: where its nodes run; null: on the CPU.
+  explicit Program(std::shared_ptr<Gpu> gpu = nullptr) : gpu_(std::move(gpu)) {}
+
+  BufferId add_buffer(std::string name, RowKind rows, int64_t width, DType dtype);
+  // Appends a node; returns its index. Throws after seal(), and for an op of the other device.
+  int add_node(std::string name, int layer, std::unique_ptr<CpuOp> op, std::vector<BufferId> reads,
+               std::vector<BufferId> writes);
+  int add_node(std::string name, int layer, std::unique_ptr<GpuOp> op, std::vector<BufferId> reads,
                std::vector<BufferId> writes);
   // Marks that a node attends in this KV group: frames build one plan for each (group, num_q_heads).
   // Returns the plan's index.
@@ -49,6 +61,7 @@ class Program {
   // Freezes the program and works out what lives after each node.
   void seal();
 
+  const std::shared_ptr<Gpu>& gpu() const { return gpu_; }
   bool is_sealed() const { return sealed_; }
   const std::vector<Node>& nodes() const { return nodes_; }
   const std::vector<BufferSpec>& buffers() const { return buffers_; }
@@ -58,6 +71,9 @@ class Program {
   int head_node() const { return head_node_; }
 
  private:
+  int add_node(Node node);
+
+  std::shared_ptr<Gpu> gpu_;
   std::vector<Node> nodes_;
   std::vector<BufferSpec> buffers_;
   std::vector<ProgramAttention> attention_plans_;
