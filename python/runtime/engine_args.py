@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 DEFAULT_MODEL = "smollm2"
 DEVICES = ("cpu",)
 ACTIVATIONS = ("int8", "bf16", "fp32")
-KV_CODECS = ("fp32", "bf16", "fp16", "int8", "int4", "int4-plain")
+KV_CODECS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4", "int4-plain")
 PAGE_SIZES = (16, 32, 64, 128)
 
 _BYTE_UNITS = {
@@ -47,7 +47,7 @@ def parse_memory(text: str | int | float) -> int | float:
 
 
 def parse_kv_dtype(text: str) -> tuple[str, str]:
-    """``"int8"`` -> ("int8", "int8"); ``"int8:int4"`` -> K int8, V int4. ``auto`` is bf16; ``bfloat16`` is read too."""
+    """``"int8"`` -> ("int8", "int8"); ``"int8:int4"`` -> K int8, V int4. ``auto`` is bf16; PyTorch's names are read too."""
     if not isinstance(text, str):
         raise TypeError(f"kv_dtype must be a string, got {text!r}")
     aliases = {
@@ -57,6 +57,9 @@ def parse_kv_dtype(text: str) -> tuple[str, str]:
         "half": "fp16",
         "float32": "fp32",
         "float": "fp32",
+        "fp8_e4m3": "fp8",
+        "fp8-e4m3": "fp8",
+        "float8_e4m3fn": "fp8",
     }
     parts = [aliases.get(part.strip().lower(), part.strip().lower()) for part in text.split(":")]
     if len(parts) > 2 or any(part not in KV_CODECS for part in parts):

@@ -72,8 +72,9 @@ def kv_group_layout(
     Args:
         head_dim: a multiple of 8 from 8 to 256.
         page_size: tokens, 16, 32, 64 or 128.
-        kv_dtype: a codec (fp32, bf16, fp16, int8, int4, int4-plain) or a pair ``k:v``. ``int4`` holds the head rotated
-            by a Hadamard matrix, K and V alike; ``int4-plain`` does not.
+        kv_dtype: a codec (fp32, bf16, fp16, fp8, int8, int4, int4-plain) or a pair ``k:v``. ``int4`` holds the head
+            rotated by a Hadamard matrix, K and V alike; ``int4-plain`` does not. ``fp8`` is float8_e4m3fn without a
+            scale: what is larger than 448 is stored as 448.
         window: tokens that a query sees, itself included; 0 for all.
 
     Raises:
