@@ -53,10 +53,14 @@ std::vector<float> vector_argument(const py::object& object, const char* name) {
   return {data, data + array->shape[0]};
 }
 
-int64_t row_floats(const Program& program, BufferId buffer, const char* name) {
+const BufferSpec& spec_of(const Program& program, BufferId buffer, const char* name) {
   PARTITA_CHECK(buffer >= 0 && buffer < static_cast<int>(program.buffers().size()), name, ": got buffer ", buffer,
                 ", wanted 0 to ", static_cast<int>(program.buffers().size()) - 1);
-  return program.buffers()[buffer].row_bytes / static_cast<int64_t>(sizeof(float));
+  return program.buffers()[buffer];
+}
+
+int64_t width_of(const Program& program, BufferId buffer, const char* name) {
+  return spec_of(program, buffer, name).width;
 }
 
 py::list describe(const Program& program, const StepShape& shape) {
@@ -101,10 +105,10 @@ void register_program_class(py::module_& module) {
       .def(py::init<>())
       .def(
           "add_buffer",
-          [](Program& program, std::string name, const std::string& rows, int64_t row_bytes) {
-            return program.add_buffer(std::move(name), parse_row_kind(rows), row_bytes);
+          [](Program& program, std::string name, const std::string& rows, int64_t width, const std::string& dtype) {
+            return program.add_buffer(std::move(name), parse_row_kind(rows), width, dtype_named(dtype));
           },
-          py::arg("name"), py::arg("rows"), py::arg("row_bytes"))
+          py::arg("name"), py::arg("rows"), py::arg("width"), py::arg("dtype") = "float32")
       .def("add_attention_plan", &Program::add_attention_plan, py::arg("group"), py::arg("num_q_heads"))
       .def(
           "add_copy_pages",
@@ -115,8 +119,8 @@ void register_program_class(py::module_& module) {
       .def(
           "add_embedding",
           [](Program& program, std::string name, const SharedWeight& table, float scale, BufferId output) {
-            PARTITA_CHECK(row_floats(program, output, "output") == table->weight.in_features, "output: rows hold ",
-                          row_floats(program, output, "output"), " floats, wanted ", table->weight.in_features);
+            PARTITA_CHECK(width_of(program, output, "output") == table->weight.in_features, "output: rows hold ",
+                          width_of(program, output, "output"), " elements, wanted ", table->weight.in_features);
             return program.add_node(std::move(name), -1,
                                     std::make_unique<EmbeddingOp>(table->weight, owned_by_native(table), scale, output),
                                     {}, {output});
@@ -140,9 +144,9 @@ void register_program_class(py::module_& module) {
             node.gate = parse_gate(gate);
             std::vector<BufferId> reads = {input};
             if (add_to_output) reads.push_back(output);
-            auto op = std::make_unique<LinearOp>(std::move(node), row_floats(program, input, "input"),
-                                                 row_floats(program, output, "output"),
-                                                 row_floats(program, prepared, "prepared") * sizeof(float));
+            auto op = std::make_unique<LinearOp>(std::move(node), width_of(program, input, "input"),
+                                                 width_of(program, output, "output"),
+                                                 spec_of(program, prepared, "prepared").row_bytes());
             return program.add_node(std::move(name), layer, std::move(op), std::move(reads), {output});
           },
           py::arg("name"), py::arg("layer"), py::arg("weights"), py::arg("input"), py::arg("output"),
@@ -170,8 +174,8 @@ void register_program_class(py::module_& module) {
             node.exact = exact;
             node.qkv = qkv;
             node.output = output;
-            auto op = std::make_unique<AttentionOp>(std::move(node), row_floats(program, qkv, "qkv"),
-                                                    row_floats(program, output, "output"));
+            auto op = std::make_unique<AttentionOp>(std::move(node), width_of(program, qkv, "qkv"),
+                                                    width_of(program, output, "output"));
             return program.add_node(std::move(name), layer, std::move(op), {qkv}, {output});
           },
           py::arg("name"), py::arg("layer"), py::arg("group"), py::arg("layer_in_group"), py::arg("layout"),
@@ -189,9 +193,9 @@ void register_program_class(py::module_& module) {
       .def(
           "add_gather_logit_rows",
           [](Program& program, std::string name, BufferId input, BufferId output) {
-            const int64_t width = row_floats(program, input, "input");
-            PARTITA_CHECK(row_floats(program, output, "output") == width, "output: rows hold ",
-                          row_floats(program, output, "output"), " floats, wanted ", width);
+            const int64_t width = width_of(program, input, "input");
+            PARTITA_CHECK(width_of(program, output, "output") == width, "output: rows hold ",
+                          width_of(program, output, "output"), " elements, wanted ", width);
             return program.add_node(std::move(name), -1, std::make_unique<GatherLogitRowsOp>(width, input, output),
                                     {input}, {output});
           },
@@ -199,7 +203,7 @@ void register_program_class(py::module_& module) {
       .def(
           "add_sampling",
           [](Program& program, std::string name, BufferId logits) {
-            const int64_t vocab_size = row_floats(program, logits, "logits");
+            const int64_t vocab_size = width_of(program, logits, "logits");
             return program.add_node(std::move(name), -1, std::make_unique<SamplingOp>(vocab_size, logits), {logits},
                                     {});
           },
@@ -207,7 +211,7 @@ void register_program_class(py::module_& module) {
       .def(
           "add_soft_cap",
           [](Program& program, std::string name, float cap, BufferId logits) {
-            const int64_t vocab_size = row_floats(program, logits, "logits");
+            const int64_t vocab_size = width_of(program, logits, "logits");
             return program.add_node(std::move(name), -1, std::make_unique<SoftCapOp>(vocab_size, cap, logits), {logits},
                                     {logits});
           },

@@ -12,6 +12,7 @@ namespace partita {
 
 class CpuFrame;
 struct GpuRun;
+struct GpuStepLimits;
 
 // What an op mostly waits for; nano-batches interleave nodes of different classes.
 enum class ResourceClass { kCompute, kMemory, kNetwork };
@@ -72,11 +73,11 @@ class GpuOp : public Op {
   // Enqueues the node's kernels on the run's stream and returns. Nothing here may wait for the device or allocate its
   // memory: the stream may be being captured.
   virtual void launch(const GpuRun& run) const = 0;
-  // Device memory that one run of at most this shape needs beside its buffers; shared by all nodes of a frame, whose
-  // kernels follow each other on one stream. Its bytes are zero at first, and each run leaves zero what it counts in.
-  virtual size_t workspace_bytes(int64_t max_tokens, int64_t max_logit_rows) const {
-    return static_cast<void>(max_tokens), static_cast<void>(max_logit_rows), 0;
-  }
+  // Device memory that one run within these limits needs beside its buffers. It is zero at first, and each run leaves
+  // zero what it counts in. Nodes of equal key share it: their kernels follow each other on one stream and count in the
+  // same places.
+  virtual size_t workspace_bytes(const GpuStepLimits& limits) const { return static_cast<void>(limits), 0; }
+  virtual std::string workspace_key() const { return kind(); }
 };
 
 }  // namespace partita

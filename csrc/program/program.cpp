@@ -51,11 +51,11 @@ int Program::add_node(std::string name, int layer, std::unique_ptr<GpuOp> op, st
   return add_node({std::move(name), layer, std::move(op), nullptr, gpu_op, std::move(reads), std::move(writes), {}});
 }
 
-int Program::add_attention_plan(int group, int num_q_heads) {
+int Program::add_attention_plan(const ProgramAttention& wanted) {
   for (size_t i = 0; i < attention_plans_.size(); ++i)
-    if (attention_plans_[i].group == group && attention_plans_[i].num_q_heads == num_q_heads)
+    if (attention_plans_[i].group == wanted.group && attention_plans_[i].num_q_heads == wanted.num_q_heads)
       return static_cast<int>(i);
-  attention_plans_.push_back({group, num_q_heads});
+  attention_plans_.push_back(wanted);
   return static_cast<int>(attention_plans_.size()) - 1;
 }
 
