@@ -108,9 +108,13 @@ GpuRun GpuFrame::stage(std::shared_ptr<GpuFrameMemory> memory, int graph_rows, G
   }
   layout_ = std::make_unique<GpuStepLayout>(sizes);
   const GpuStepLayout& layout = *layout_;
-  if (layout.num_bytes > static_cast<int64_t>(std::min(memory_->input_bytes(), staging_.bytes())))
-    throw std::runtime_error(concat("step inputs: ", layout.num_bytes, " bytes, there is room for ",
-                                    std::min(memory_->input_bytes(), staging_.bytes())));
+  if (layout.num_bytes > static_cast<int64_t>(memory_->input_bytes()))
+    throw std::runtime_error(
+        concat("step inputs: ", layout.num_bytes, " bytes, there is room for ", memory_->input_bytes()));
+  // A graph's tables may be longer than those of any step of this frame's own.
+  if (staging_.bytes() < memory_->input_bytes()) staging_ = GpuPinnedBuffer(gpu_, memory_->input_bytes());
+  if (results_.bytes() < static_cast<size_t>(memory_->result_layout().num_bytes))
+    results_ = GpuPinnedBuffer(gpu_, static_cast<size_t>(memory_->result_layout().num_bytes));
 
   const auto at = [&](int64_t offset) { return GpuStepLayout::at(staging_.data(), offset); };
   const auto put = [&](int64_t offset, const int32_t* values, int64_t count, int64_t padded, int32_t padding) {
