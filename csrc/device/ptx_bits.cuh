@@ -14,7 +14,8 @@ __device__ __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   return d;
 }
 
-// Byte i of the result is byte (selector >> 4 * i) & 7 of b:a (0..3 are a's); with bit 3 of the nibble, its sign spread.
+// Byte i of the result is byte (selector >> 4 * i) & 7 of b:a (0..3 are a's); with bit 3 of the nibble, its sign
+// spread.
 __device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t d;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));

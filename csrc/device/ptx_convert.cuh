@@ -1,5 +1,5 @@
-// Conversions between fp32, fp16, bf16 and e4m3. 16-bit numbers are raw bits; of a packed pair `lo` lies in the low half.
-// Rounding is to nearest even.
+// Conversions between fp32, fp16, bf16 and e4m3. 16-bit numbers are raw bits; of a packed pair `lo` lies in the low
+// half. Rounding is to nearest even.
 #pragma once
 
 #include "device/launch.cuh"

@@ -1,5 +1,6 @@
 // Approximations of the special function unit, subnormals flushed to zero. Their errors are relative 2^-22 (exp2, log2,
-// reciprocals) and 2^-11 (tanh), near enough; the host execution computes them exactly, so nothing may rest on the bits.
+// reciprocals) and 2^-11 (tanh), near enough; the host execution computes them exactly, so nothing may rest on the
+// bits.
 #pragma once
 
 #include "device/launch.cuh"
