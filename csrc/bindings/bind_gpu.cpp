@@ -144,12 +144,6 @@ std::vector<float> time_launches(const std::shared_ptr<Gpu>& gpu, const std::vec
   return times_ms;
 }
 
-DType dtype_named(const std::string& name) {
-  for (int i = 0; i <= static_cast<int>(DType::kE4M3); ++i)
-    if (name == dtype_name(static_cast<DType>(i))) return static_cast<DType>(i);
-  throw_value_error("dtype: got '", name, "', wanted a real number type of 8 to 64 bits, bfloat16 or float8_e4m3fn");
-}
-
 py::object text_or_none(const std::string& text) { return text.empty() ? py::object(py::none()) : py::str(text); }
 
 py::dict library_dict(const std::string& world) {

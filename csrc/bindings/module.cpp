@@ -23,4 +23,6 @@ PYBIND11_MODULE(_native, module) {
   register_embedding(module);
   register_sampling(module);
   register_program(module);
+  register_frames(module);
+  register_lanes(module);
 }

@@ -15,5 +15,7 @@ void register_activation(pybind11::module_& module);
 void register_embedding(pybind11::module_& module);
 void register_sampling(pybind11::module_& module);
 void register_program(pybind11::module_& module);
+void register_frames(pybind11::module_& module);
+void register_lanes(pybind11::module_& module);
 
 }  // namespace partita::bindings

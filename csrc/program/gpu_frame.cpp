@@ -192,8 +192,8 @@ void GpuFrame::upload(const GpuRun& run) {
   for (const Node& node : program_->nodes())
     if (std::strcmp(node.op->kind(), "embedding") == 0) {
       const BufferSpec& spec = program_->buffers()[node.writes[0]];
-      gpu_->copy(memory_->buffer(node.writes[0]), input_embeddings(), static_cast<size_t>(num_tokens() * spec.row_bytes()),
-                 GpuCopy::kHostToDevice, run.stream);
+      gpu_->copy(memory_->buffer(node.writes[0]), input_embeddings(),
+                 static_cast<size_t>(num_tokens() * spec.row_bytes()), GpuCopy::kHostToDevice, run.stream);
     }
 }
 

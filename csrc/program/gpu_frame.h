@@ -30,8 +30,8 @@ class GpuFrame final : public Frame {
   // Every row decodes one token, samples it, and nothing else is asked: what a captured graph can do.
   bool is_plain_decode() const;
   GpuSamplingFeatures features() const { return features_; }
-  // Fills the staging block for a run in `memory` (null: its own), over `graph_rows` rows where that is more than 0, and
-  // returns what the ops launch with.
+  // Fills the staging block for a run in `memory` (null: its own), over `graph_rows` rows where that is more than 0,
+  // and returns what the ops launch with.
   GpuRun stage(std::shared_ptr<GpuFrameMemory> memory, int graph_rows, GpuStream stream, int num_ctas);
   // The run as staged last, for a later range of the same step.
   GpuRun resume(GpuStream stream, int num_ctas) const;

@@ -37,11 +37,11 @@ struct GpuStepLimits {
 struct GpuResultLayout {
   explicit GpuResultLayout(int64_t num_logit_rows);
 
-  int64_t tokens, ranks;       // [S] int32
-  int64_t logprobs;            // [S] fp32: the sampled token's, or the score of a score_all step
-  int64_t bytes_without_top;   // of the three above
-  int64_t top_ids;             // [S, kMaxTopLogprobs] int32
-  int64_t top_logprobs;        // [S, kMaxTopLogprobs] fp32
+  int64_t tokens, ranks;      // [S] int32
+  int64_t logprobs;           // [S] fp32: the sampled token's, or the score of a score_all step
+  int64_t bytes_without_top;  // of the three above
+  int64_t top_ids;            // [S, kMaxTopLogprobs] int32
+  int64_t top_logprobs;       // [S, kMaxTopLogprobs] fp32
   int64_t num_bytes;
 };
 

@@ -23,7 +23,7 @@ struct GpuRun {
   int num_requests = 0;
   int64_t num_copies = 0;
   bool scores_all = false;
-  GpuSamplingFeatures features;  // that some row of the step asks for
+  GpuSamplingFeatures features;       // that some row of the step asks for
   bool has_input_embeddings = false;  // they lie in the embedding's output already
 
   const GpuFrameMemory* memory = nullptr;

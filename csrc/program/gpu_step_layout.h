@@ -9,12 +9,12 @@ namespace partita {
 
 // The sizes that the layout follows from. A captured graph's are its row bucket's, so its addresses never move.
 struct GpuStepSizes {
-  int64_t num_tokens = 0;         // T
-  int64_t num_requests = 0;       // R
-  int64_t num_logit_rows = 0;     // S
-  int64_t num_copies = 0;         // pages to copy
-  int64_t page_table_stride = 0;  // entries of a request's page table
-  int num_groups = 0;             // KV groups
+  int64_t num_tokens = 0;             // T
+  int64_t num_requests = 0;           // R
+  int64_t num_logit_rows = 0;         // S
+  int64_t num_copies = 0;             // pages to copy
+  int64_t page_table_stride = 0;      // entries of a request's page table
+  int num_groups = 0;                 // KV groups
   std::vector<int64_t> plan_entries;  // of each attention plan's tables
 };
 

@@ -20,8 +20,8 @@ void check_attention_node(const AttentionNode& node, int64_t qkv_width, int64_t 
                   weight->size(), " elements, wanted head_dim ", layout.head_dim);
   const int64_t wanted = static_cast<int64_t>(node.num_q_heads + 2 * layout.num_kv_heads) * layout.head_dim;
   PARTITA_CHECK(qkv_width >= wanted, "attention: qkv rows hold ", qkv_width, " elements, wanted ", wanted);
-  PARTITA_CHECK(output_width >= static_cast<int64_t>(node.num_q_heads) * layout.head_dim, "attention: output rows hold ",
-                output_width, " elements, wanted ", node.num_q_heads * layout.head_dim);
+  PARTITA_CHECK(output_width >= static_cast<int64_t>(node.num_q_heads) * layout.head_dim,
+                "attention: output rows hold ", output_width, " elements, wanted ", node.num_q_heads * layout.head_dim);
 }
 
 std::string attention_detail(const AttentionNode& node) {
@@ -43,7 +43,8 @@ NodeCost attention_cost(const AttentionNode& node, const StepShape& shape, int64
   // Every request's visible KV once, on average score_pairs / T tokens of it, plus the rows in and out.
   const double tokens_per_row = shape.num_tokens ? shape.score_pairs / shape.num_tokens : 0;
   const double kv_token_bytes = static_cast<double>(layout.layer_bytes()) / layout.page_size;
-  node_cost.bytes = shape.num_requests * tokens_per_row * kv_token_bytes + static_cast<double>(shape.num_tokens * row_bytes);
+  node_cost.bytes =
+      shape.num_requests * tokens_per_row * kv_token_bytes + static_cast<double>(shape.num_tokens * row_bytes);
   return node_cost;
 }
 

@@ -1,5 +1,5 @@
-// A linear layer on a GPU: its input rows normed and converted where they are not what the kernel reads, then the matmul
-// with its epilogue.
+// A linear layer on a GPU: its input rows normed and converted where they are not what the kernel reads, then the
+// matmul with its epilogue.
 #pragma once
 
 #include <memory>

@@ -18,7 +18,9 @@ int64_t chunks_of(int64_t rows) { return (rows + kRowsPerChunk - 1) / kRowsPerCh
 
 }  // namespace
 
-int64_t CopyPagesOp::num_chunks(const CpuFrame& frame, int) const { return static_cast<int64_t>(frame.copies().size()); }
+int64_t CopyPagesOp::num_chunks(const CpuFrame& frame, int) const {
+  return static_cast<int64_t>(frame.copies().size());
+}
 
 void CopyPagesOp::run_chunk(CpuFrame& frame, int, int64_t chunk, Worker&, const void*) const {
   const PageCopyPair& copy = frame.copies()[chunk];

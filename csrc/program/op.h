@@ -73,6 +73,8 @@ class GpuOp : public Op {
   // Enqueues the node's kernels on the run's stream and returns. Nothing here may wait for the device or allocate its
   // memory: the stream may be being captured.
   virtual void launch(const GpuRun& run) const = 0;
+  // False: nothing is launched for this step, and the trace shows no such node.
+  virtual bool has_work(const GpuRun& run) const { return static_cast<void>(run), true; }
   // Device memory that one run within these limits needs beside its buffers. It is zero at first, and each run leaves
   // zero what it counts in. Nodes of equal key share it: their kernels follow each other on one stream and count in the
   // same places.

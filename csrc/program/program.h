@@ -50,8 +50,8 @@ struct ProgramAttention {
 
 class Program {
  public:
-  // gpu: where its nodes run; null: on the CPU, which is always batch invariant. is_batch_invariant: on a GPU, whether a
-  // token's result must not depend on what else is in its step.
+  // gpu: where its nodes run; null: on the CPU, which is always batch invariant. is_batch_invariant: on a GPU, whether
+  // a token's result must not depend on what else is in its step.
   explicit Program(std::shared_ptr<Gpu> gpu = nullptr, bool is_batch_invariant = false)
       : gpu_(std::move(gpu)), is_batch_invariant_(is_batch_invariant) {}
 

@@ -68,9 +68,8 @@ void RowStore::check_sampling(const SamplingParams& sampling) const {
   const GpuSamplingCapacity& capacity = device_sampling_->capacity();
   PARTITA_CHECK(sampling.num_logprobs <= kMaxTopLogprobs, "logprobs: got ", sampling.num_logprobs, ", wanted at most ",
                 kMaxTopLogprobs, " on a GPU");
-  PARTITA_CHECK(static_cast<int>(sampling.stop_token_ids.size()) <= capacity.max_stop_token_ids,
-                "stop_token_ids: got ", sampling.stop_token_ids.size(), " of them, wanted at most ",
-                capacity.max_stop_token_ids, " on a GPU");
+  PARTITA_CHECK(static_cast<int>(sampling.stop_token_ids.size()) <= capacity.max_stop_token_ids, "stop_token_ids: got ",
+                sampling.stop_token_ids.size(), " of them, wanted at most ", capacity.max_stop_token_ids, " on a GPU");
   PARTITA_CHECK(static_cast<int>(sampling.logit_bias.size()) <= capacity.max_logit_biases, "logit_bias: got ",
                 sampling.logit_bias.size(), " tokens, wanted at most ", capacity.max_logit_biases, " on a GPU");
 }

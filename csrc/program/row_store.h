@@ -1,7 +1,7 @@
 // Persistent per-request state, one row for a request's life: its tokens, sampling parameters, page tables.
 //
-// On a GPU the device holds a copy of the tokens and parameters: sampling writes the tokens there, and the host's follow
-// when a range is over.
+// On a GPU the device holds a copy of the tokens and parameters: sampling writes the tokens there, and the host's
+// follow when a range is over.
 //
 // Threads: the engine thread writes a row at admission, when no plan in flight names it, and appends pages
 // beyond those any plan in flight reads; workers append sampled tokens. Nothing here reallocates.
@@ -69,15 +69,15 @@ class RowStore {
   int64_t max_pages_;
   int64_t vocab_size_;
   std::shared_ptr<Gpu> gpu_;
-  int32_t* tokens_ = nullptr;       // [num_rows, max_tokens + 1], in one of:
-  AlignedBuffer token_memory_;      // CPU
-  GpuPinnedBuffer pinned_tokens_;   // GPU: uploaded from where it lies
-  GpuBuffer device_tokens_;         // GPU: the same shape
+  int32_t* tokens_ = nullptr;      // [num_rows, max_tokens + 1], in one of:
+  AlignedBuffer token_memory_;     // CPU
+  GpuPinnedBuffer pinned_tokens_;  // GPU: uploaded from where it lies
+  GpuBuffer device_tokens_;        // GPU: the same shape
   std::unique_ptr<GpuSamplingRows> device_sampling_;
   std::mutex upload_mutex_;
   std::vector<int64_t> num_known_tokens_;  // at admission
   std::vector<bool> is_admitted_;          // and not yet uploaded; the engine thread's
-  AlignedBuffer page_tables_;  // [num_groups, num_rows, max_pages]
+  AlignedBuffer page_tables_;              // [num_groups, num_rows, max_pages]
   std::vector<int64_t> num_pages_;
   std::vector<int64_t> num_prompt_tokens_;
   std::vector<SamplingParams> sampling_;
