@@ -1,8 +1,8 @@
 // Where an element of the weight lies: the one description that the kernels' documentation and the packer share.
 //
 // The weight is operand A of mma.sync: a fragment is 16 channels x one K step (16 inputs against 16-bit activations, 32
-// against bytes). A lane's registers of a fragment are written to packed memory in the order in which it will load them,
-// so a load is one 16-byte vector per lane, the lanes side by side: no ldmatrix, no swizzle, no bank conflict.
+// against bytes). A lane's registers of a fragment are written to packed memory in the order in which it will load
+// them, so a load is one 16-byte vector per lane, the lanes side by side: no ldmatrix, no swizzle, no bank conflict.
 //
 //   packed codes: [padded N / 64][padded K / 64][4 fragments of 16 channels][vectors][32 lanes][16 bytes]
 //
