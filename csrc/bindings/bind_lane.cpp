@@ -7,6 +7,7 @@
 #include "bindings/register.h"
 #include "core/check.h"
 #include "partition/core_set.h"
+#include "partition/gpu_ladder.h"
 #include "program/gpu_lane.h"
 #include "program/lane.h"
 
@@ -103,6 +104,31 @@ void register_lanes(py::module_& module) {
            "Asks a range to stop before the next node that is not launched yet.")
       .def("set_tracing", &GpuLane::set_tracing, py::arg("on"));
   module.def("decode_buckets", &decode_buckets, py::arg("most"), "Row counts for which decode graphs are captured.");
+
+  const auto partition_dict = [](const GpuPartition& partition) {
+    py::dict entry;
+    entry["stream"] = reinterpret_cast<uintptr_t>(partition.stream);
+    entry["num_sms"] = partition.num_sms;
+    entry["num_ctas"] = partition.num_ctas;
+    return entry;
+  };
+  py::class_<GpuLadder, std::shared_ptr<GpuLadder>>(
+      module, "GpuLadder",
+      "Two-way splits of a GPU's SMs, made once; a lane takes a part's stream and num_ctas. Keep it while they run.")
+      .def(py::init<std::shared_ptr<Gpu>, std::vector<double>>(), py::arg("gpu"), py::arg("shares"))
+      .def_property_readonly("whole",
+                             [partition_dict](const GpuLadder& ladder) { return partition_dict(ladder.whole()); })
+      .def_property_readonly("rungs",
+                             [partition_dict](const GpuLadder& ladder) {
+                               py::list rungs;
+                               for (const GpuLadderRung& rung : ladder.rungs())
+                                 rungs.append(py::make_tuple(partition_dict(rung.first), partition_dict(rung.second)));
+                               return rungs;
+                             })
+      .def_property_readonly("is_isolated", &GpuLadder::is_isolated)
+      .def_property_readonly("note", &GpuLadder::note)
+      .def("rung_near", &GpuLadder::rung_near, py::arg("share"),
+           "Index of the rung whose first part is nearest to this share; -1: there is none.");
 
   module.def("usable_core_ids", &usable_core_ids, "CPU numbers this process may use.");
   module.def(
