@@ -155,11 +155,16 @@ py::dict library_dict(const std::string& world) {
   dict["targets"] = found.library ? py::object(py::str(found.library->targets)) : py::object(py::none());
   dict["num_devices"] = found.num_devices;
   dict["reason"] = text_or_none(found.reason);
-  py::dict families;
+  py::dict families, verified;
   if (found.library)
-    for (const auto& [family, entries] : found.library->registry->families())
+    for (const auto& [family, entries] : found.library->registry->families()) {
       families[py::str(family)] = entries.size();
+      size_t num_verified = 0;
+      for (const void* entry : entries) num_verified += *KernelRegistry::info_of(entry).verified_on != '\0';
+      verified[py::str(family)] = num_verified;
+    }
   dict["kernels"] = families;
+  dict["verified"] = verified;
   return dict;
 }
 
@@ -174,7 +179,9 @@ const SimtControls& simt_controls() {
 void register_gpu(py::module_& module) {
   module.def("gpu_library", &library_dict, py::arg("world"),
              "What the device library of a world (\"cuda\", \"simt\") offers: compiled (bool), toolkit, targets, "
-             "num_devices, reason (why none can be opened, or None), kernels (family -> how many).");
+             "num_devices, reason (why none can be opened, or None), kernels (family -> how many), verified (family -> "
+             "how many of them have "
+             "passed their tests on hardware).");
   py::class_<Gpu, std::shared_ptr<Gpu>>(module, "Gpu", "One device of a world. Made by open_gpu.")
       .def_property_readonly("world", [](const Gpu& gpu) { return gpu.properties().world; })
       .def_property_readonly("name", [](const Gpu& gpu) { return gpu.properties().name; })

@@ -58,12 +58,6 @@ void GpuFrame::build_step() {
   }
 }
 
-void GpuFrame::take_admissions() {
-  admitted_rows_.clear();
-  for (const StepRow& step_row : step_rows())
-    if (row_store_->take_admission(step_row.row)) admitted_rows_.push_back(step_row.row);
-}
-
 bool GpuFrame::is_plain_decode() const {
   if (scores_all() || input_embeddings() || !copies().empty()) return false;
   return std::all_of(step_rows().begin(), step_rows().end(),
@@ -184,8 +178,7 @@ GpuRun GpuFrame::resume(GpuStream stream, int num_ctas) const {
 }
 
 void GpuFrame::upload(const GpuRun& run) {
-  for (int32_t row : admitted_rows_) row_store_->upload(row, run.stream);
-  admitted_rows_.clear();
+  for (const StepRow& step_row : step_rows()) row_store_->upload_if_admitted(step_row.row, run.stream);
   gpu_->copy(memory_->inputs(), staging_.data(), static_cast<size_t>(layout_->num_bytes), GpuCopy::kHostToDevice,
              run.stream);
   if (!input_embeddings()) return;

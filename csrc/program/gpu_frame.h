@@ -25,8 +25,6 @@ class GpuFrame final : public Frame {
   void read_buffer(BufferId id, float* out) const override;
 
   // ---- the lane's, in this order; see GpuLane
-  // At submission, on the engine thread: which rows of the step were admitted since a step last named them.
-  void take_admissions();
   // Every row decodes one token, samples it, and nothing else is asked: what a captured graph can do.
   bool is_plain_decode() const;
   GpuSamplingFeatures features() const { return features_; }
@@ -35,7 +33,7 @@ class GpuFrame final : public Frame {
   GpuRun stage(std::shared_ptr<GpuFrameMemory> memory, int graph_rows, GpuStream stream, int num_ctas);
   // The run as staged last, for a later range of the same step.
   GpuRun resume(GpuStream stream, int num_ctas) const;
-  // Enqueues rows that were admitted, then the staged inputs.
+  // Enqueues rows of the step that were admitted since a step last named them, then the staged inputs.
   void upload(const GpuRun& run);
   // Enqueues the copy of what sampling leaves; take_results() reads it when the stream has come so far.
   void download_results(const GpuRun& run);
@@ -53,7 +51,6 @@ class GpuFrame final : public Frame {
   std::vector<GpuAttentionPlan> plans_;
   std::unique_ptr<GpuStepLayout> layout_;
   GpuRun run_;
-  std::vector<int32_t> admitted_rows_;
   GpuSamplingFeatures features_;
   bool wants_top_ = false;
   bool has_results_ = false;

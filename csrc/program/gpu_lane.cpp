@@ -84,7 +84,6 @@ uint64_t GpuLane::submit(std::shared_ptr<GpuFrame> frame, int first, int last) {
   PARTITA_CHECK(frame != nullptr, "frame: got none");
   PARTITA_CHECK(frame->program().gpu() == gpu_, "frame: its program is of another device than the lane");
   claim_range(*frame, first, last);
-  if (first == 0) frame->take_admissions();
   uint64_t ticket;
   {
     const std::lock_guard<std::mutex> lock(mutex_);

@@ -56,8 +56,6 @@ GpuLinearOp::GpuLinearOp(const Program& program, GpuLinearNode node) : node_(std
                   prepared_.width, " of ", dtype_name(prepared_.dtype), ", the weight wants ", weights.in_features,
                   " of ", dtype_name(wanted));
   }
-  workspace_key_ = concat("linear ", weights.out_features, " x ", weights.in_features, " ", weights.kernel,
-                          is_gated ? " gated" : "");
   norm_weight_ = upload_floats(program.gpu(), node_.norm_weight, "norm weight");
   bias_ = upload_floats(program.gpu(), node_.bias, "bias");
 }
@@ -118,7 +116,7 @@ void GpuLinearOp::launch(const GpuRun& run) const {
   p.bias = bias_.as<float>();
   p.add_to_out = node_.add_to_output;
   p.gate = node_.gate;
-  p.workspace = memory.workspace(workspace_key_);
+  p.workspace = memory.workspace(workspace_key());
   p.num_ctas = run.num_ctas;
   node_.weights->run(p, run.stream);
 }

@@ -36,8 +36,8 @@ class GpuLinearOp final : public GpuOp {
   ResourceClass resource_class(const StepShape& shape) const override;
   NodeCost cost(const StepShape& shape) const override;
   void launch(const GpuRun& run) const override;
+  // Shared by all linears: each counts in the first bytes, always as many.
   size_t workspace_bytes(const GpuStepLimits& limits) const override;
-  std::string workspace_key() const override { return workspace_key_; }
 
  private:
   int64_t num_rows(const StepShape& shape) const {
@@ -47,7 +47,6 @@ class GpuLinearOp final : public GpuOp {
   GpuLinearNode node_;
   BufferSpec input_, output_, prepared_;
   bool is_prepared_;  // the input must be normed or converted first
-  std::string workspace_key_;
   GpuBuffer norm_weight_, bias_;
 };
 

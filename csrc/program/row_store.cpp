@@ -58,7 +58,10 @@ void RowStore::admit(int row, const int32_t* tokens_in, int64_t num_tokens, int6
   num_prompt_tokens_[row] = num_prompt_tokens;
   sampling_[row] = std::move(sampling);
   num_known_tokens_[row] = num_tokens;
-  is_admitted_[row] = true;
+  {
+    const std::lock_guard<std::mutex> lock(upload_mutex_);
+    is_admitted_[row] = true;
+  }
   for (int group = 0; group < num_groups_; ++group) num_pages_[group * num_rows_ + row] = 0;
 }
 
@@ -74,14 +77,10 @@ void RowStore::check_sampling(const SamplingParams& sampling) const {
                 sampling.logit_bias.size(), " tokens, wanted at most ", capacity.max_logit_biases, " on a GPU");
 }
 
-bool RowStore::take_admission(int row) {
-  const bool was_admitted = is_admitted_[row];
-  is_admitted_[row] = false;
-  return was_admitted;
-}
-
-void RowStore::upload(int row, GpuStream stream) {
+void RowStore::upload_if_admitted(int row, GpuStream stream) {
   const std::lock_guard<std::mutex> lock(upload_mutex_);
+  if (!is_admitted_[row]) return;
+  is_admitted_[row] = false;
   // One entry more than is known: no successor.
   gpu_->copy(device_tokens() + row * tokens_stride(), tokens(row), sizeof(int32_t) * (num_known_tokens_[row] + 1),
              GpuCopy::kHostToDevice, stream);

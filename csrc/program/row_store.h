@@ -56,10 +56,9 @@ class RowStore {
   // On a GPU: the device's copies, which the kernels of a step read and write.
   int32_t* device_tokens() const { return device_tokens_.as<int32_t>(); }  // [num_rows, max_tokens + 1]
   const GpuSamplingRows& device_sampling() const { return *device_sampling_; }
-  // Whether the row was admitted since the last call that named it: its copy must be uploaded before a step reads it.
-  bool take_admission(int row);
-  // Enqueues the upload of a row that was admitted. Any lane's thread; no step that names the row may be in flight.
-  void upload(int row, GpuStream stream);
+  // Enqueues the upload of a row that was admitted since the last call. A lane's thread calls it for every row of a
+  // step that it launches; no other step that names the row may be in flight then.
+  void upload_if_admitted(int row, GpuStream stream);
 
  private:
   int num_rows_;
@@ -74,9 +73,9 @@ class RowStore {
   GpuPinnedBuffer pinned_tokens_;  // GPU: uploaded from where it lies
   GpuBuffer device_tokens_;        // GPU: the same shape
   std::unique_ptr<GpuSamplingRows> device_sampling_;
-  std::mutex upload_mutex_;
+  std::mutex upload_mutex_;                // guards is_admitted_ and device_sampling_
   std::vector<int64_t> num_known_tokens_;  // at admission
-  std::vector<bool> is_admitted_;          // and not yet uploaded; the engine thread's
+  std::vector<bool> is_admitted_;          // and not yet uploaded
   AlignedBuffer page_tables_;              // [num_groups, num_rows, max_pages]
   std::vector<int64_t> num_pages_;
   std::vector<int64_t> num_prompt_tokens_;
