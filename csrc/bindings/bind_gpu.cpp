@@ -1,3 +1,5 @@
+#include <pybind11/stl.h>
+
 #include <cstring>
 #include <string>
 
@@ -221,6 +223,9 @@ void register_gpu(py::module_& module) {
       .def("upload", &GpuArray::upload, py::arg("host"), "Copies a host array of the same shape and dtype here.")
       .def("download", &GpuArray::download, py::arg("host"), "Copies this array into a host array.");
 
+  module.def("time_gpu_launches", &time_launches, py::arg("gpu"), py::arg("launches"), py::arg("num_runs"),
+             "Milliseconds of one launch, for each of num_runs replays of a graph that holds every launch once. "
+             "launches: callables that take a stream's address and enqueue on it.");
   module.def(
       "simt_set_seed", [](uint64_t seed) { simt_controls().set_seed(seed); }, py::arg("seed"),
       "The order in which warps run from the next launch on; 0: ascending.");
