@@ -54,6 +54,7 @@ struct GemmKernelParams {
   int64_t x_stride = 0;     // elements
   const float* x_scale = nullptr;
   const int32_t* x_sum = nullptr;
+  int32_t x_scale_groups = 1;  // 1: x_scale is [T]; else [T, groups], each of 128 inputs
   int32_t num_tokens = 0;
   void* out = nullptr;  // first column of this matrix
   DType out_type = DType::kF32;
@@ -90,8 +91,10 @@ struct GemmKernel {
   size_t shared_bytes;
   int ctas_per_sm;  // that registers and shared memory allow, for the cost model
   bool can_split;
-  // Kernels with the same number above 0 give an output the same bits at num_splits 1; 0: like no other.
-  int accumulation;
+  // How an output is summed. Kernels of the same class other than kOwn give it the same bits: kIntegers at any number
+  // of splits, the others at one.
+  enum Accumulation : int { kOwn, kIntegers, kAscendingFma, kAscendingMma, kAscendingWgmma };
+  Accumulation accumulation;
 
   void (*launch)(const GemmKernelParams& params, void* stream);
 
@@ -118,7 +121,25 @@ struct PackedLayout {
   // The inverse over the same bytes; `weight` gives shape and kind, its data, scales, zeros and mins are filled.
   void (*unpack)(const PackedWeightView& host_view, GpuActivations activations, CanonicalWeight* weight);
 };
+constexpr const char* kNaiveLayout = "naive_f32";  // any weight, dequantised exactly
 const PackedLayout* find_packed_layout(const std::string& id);
 std::vector<const PackedLayout*> all_packed_layouts();
+
+// Columns of x in the order of a packed weight with an input_order: before the matmul, into the workspace.
+struct GatherInputsParams {
+  const void* x;  // [T, K]
+  int64_t x_stride;
+  void* out;  // [T, K]: out[t, i] = x[t, input_order[i]]
+  int64_t out_stride;
+  const int32_t* input_order;
+  int64_t num_tokens, in_features;
+  int32_t element_bytes;  // 1 or 2
+  int32_t num_ctas;
+};
+struct GatherInputsKernel {
+  static constexpr const char* kFamily = "gather_inputs";
+  KernelInfo info;
+  void (*launch)(const GatherInputsParams& params, void* stream);
+};
 
 }  // namespace partita

@@ -18,6 +18,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "device/launch.cuh"
 #include "device/ptx_cp_async.cuh"
@@ -497,7 +498,9 @@ constexpr GemmKernel tile_entry(const char* name, const char* verified_on, const
   entry.ctas_per_sm = kByShared < kByThreads ? kByShared : kByThreads;
   if (entry.ctas_per_sm < 1) entry.ctas_per_sm = 1;
   entry.can_split = true;
-  entry.accumulation = Config::kWarpsK == 1 ? 1 : 0;
+  entry.accumulation = std::is_same_v<typename Config::Sum, int32_t> ? GemmKernel::kIntegers
+                       : Config::kWarpsK == 1                        ? GemmKernel::kAscendingMma
+                                                                     : GemmKernel::kOwn;
   entry.launch = launch;
   return entry;
 }
