@@ -32,6 +32,38 @@ function(partita_instance name template seconds)
 endfunction()
 
 # ---- gemm
+# One instance of gemm/cuda/gemm_tile.cuh: a decoder, the layout that it reads, the groups that it takes (1: whole row),
+# and its tile: tokens, channels, K; warps along tokens, channels, K; stages. A macro: partita_instance sets variables
+# of its caller.
+macro(partita_gemm name decoder layout groups tile)
+  partita_instance(gemm_${name} gemm/cuda/gemm_instance.cu.in 11 "NAME=${name}" "DECODER=${decoder}" "LAYOUT=${layout}"
+                   "GROUPS=${groups}" "TILE=${tile}" "VERIFIED_ON=")
+endmacro()
+
+foreach(type f16 bf16)
+  string(TOUPPER "${type}" type_name)
+  set(u4 "GroupCodes<GpuActivations::k${type_name}, 4>")
+  partita_gemm(u4_${type}_t8 "${u4}" mma_u4_group "32 | 64 | 128 | 1" "8, 64, 256, 1, 1, 4, 4")
+  partita_gemm(u4_${type}_t16 "${u4}" mma_u4_group "32 | 64 | 128 | 1" "16, 128, 128, 1, 2, 2, 4")
+  partita_gemm(u4_${type}_t32 "${u4}" mma_u4_group "32 | 64 | 128 | 1" "32, 128, 128, 1, 2, 2, 4")
+  partita_gemm(u4_${type}_t64 "${u4}" mma_u4_group "32 | 64 | 128 | 1" "64, 128, 64, 1, 4, 1, 4")
+  partita_gemm(u4_${type}_t128 "${u4}" mma_u4_group "32 | 64 | 128 | 1" "128, 128, 64, 2, 4, 1, 4")
+  set(u8 "GroupCodes<GpuActivations::k${type_name}, 8>")
+  partita_gemm(u8_${type}_t16 "${u8}" mma_u8_group "16 | 32 | 64 | 128 | 1" "16, 64, 128, 1, 1, 2, 4")
+  partita_gemm(u8_${type}_t128 "${u8}" mma_u8_group "16 | 32 | 64 | 128 | 1" "128, 128, 64, 2, 4, 1, 3")
+  set(plain "PlainElements<GpuActivations::k${type_name}>")
+  partita_gemm(plain_${type}_t16 "${plain}" mma_plain16 "1" "16, 64, 128, 1, 1, 2, 4")
+  partita_gemm(plain_${type}_t64 "${plain}" mma_plain16 "1" "64, 128, 64, 1, 4, 1, 4")
+  partita_gemm(plain_${type}_t128 "${plain}" mma_plain16 "1" "128, 128, 64, 2, 4, 1, 3")
+endforeach()
+partita_gemm(s8_int8_t16 "SignedBytes" mma_s8_channel "1" "16, 64, 256, 1, 1, 4, 4")
+partita_gemm(s8_int8_t128 "SignedBytes" mma_s8_channel "1" "128, 128, 128, 2, 4, 1, 3")
+partita_gemm(s8_group32_int8_t16 "SignedBytesInGroups" mma_s8_group32 "32" "16, 64, 256, 1, 1, 4, 4")
+partita_gemm(s8_group32_int8_t64 "SignedBytesInGroups" mma_s8_group32 "32" "64, 128, 128, 1, 4, 1, 3")
+partita_gemm(u4_channel_int8_t16 "Nibbles" mma_u4_channel "1" "16, 128, 256, 1, 2, 2, 4")
+partita_gemm(u4_channel_int8_t128 "Nibbles" mma_u4_channel "1" "128, 128, 128, 2, 4, 1, 3")
+partita_gemm(u4_two_level_int8_t16 "TwoLevelNibbles" mma_u4_two_level "32 | 64 | 128" "16, 128, 256, 1, 2, 2, 4")
+partita_gemm(u4_two_level_int8_t128 "TwoLevelNibbles" mma_u4_two_level "32 | 64 | 128" "128, 128, 128, 2, 4, 1, 3")
 
 # ---- attention
 

@@ -17,6 +17,7 @@ PYBIND11_MODULE(_native, module) {
   register_cuda(module);
   register_gpu(module);
   register_gemm(module);
+  register_gemm_gpu(module);
   register_attention(module);
   register_norm(module);
   register_activation(module);

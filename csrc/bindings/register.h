@@ -9,6 +9,7 @@ void register_core(pybind11::module_& module);
 void register_cuda(pybind11::module_& module);
 void register_gpu(pybind11::module_& module);
 void register_gemm(pybind11::module_& module);
+void register_gemm_gpu(pybind11::module_& module);
 void register_attention(pybind11::module_& module);
 void register_norm(pybind11::module_& module);
 void register_activation(pybind11::module_& module);

@@ -281,6 +281,7 @@ const char* why_not_bytes(const CanonicalWeight& w, GpuActivations activations, 
   return nullptr;
 }
 const char* why_not_byte_channel(const CanonicalWeight& w, GpuActivations activations) {
+  if (w.codes == WeightCodes::kU4) return "mma_u4_channel takes half the bytes";
   return why_not_bytes(w, activations, -1, "wants one scale per channel");
 }
 const char* why_not_byte_group(const CanonicalWeight& w, GpuActivations activations) {

@@ -70,7 +70,7 @@ struct TileConfig {
   static_assert(kBlocksK % kWarpsK == 0 && kSteps % 2 == 0, "fragments alternate between two registers");
   static_assert(kChannels % kPackedChannels == 0 && kFragmentsPerBlock % kFragments == 0);
   static_assert(kRowBytes % 128 == 0, "the swizzle permutes eight chunks");
-  static_assert(kThreads % kRowChunks == 0 && kThreads / kRowChunks % 8 == 0 || kThreads / kRowChunks < 8);
+  static_assert(kThreads % kRowChunks == 0, "a thread keeps its column of chunks");
 
   struct Stage {
     alignas(128) std::byte activations[kActivationBytes];
