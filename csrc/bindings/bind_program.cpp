@@ -4,6 +4,7 @@
 #include <string>
 
 #include "bindings/array_argument.h"
+#include "bindings/gpu_linear.h"
 #include "bindings/register.h"
 #include "bindings/weight_argument.h"
 #include "gemm/gemm.h"
@@ -151,11 +152,12 @@ void register_program_class(py::module_& module) {
           py::arg("gate") = "")
       .def(
           "add_linear",
-          [](Program& program, std::string name, int layer, std::shared_ptr<GpuPackedLinear> weights, BufferId input,
-             BufferId output, BufferId prepared, const std::string& rows, const py::object& norm_weight, float norm_eps,
+          [](Program& program, std::string name, int layer, const BoundLinear& weights, BufferId input, BufferId output,
+             BufferId prepared, const std::string& rows, const py::object& norm_weight, float norm_eps,
              const py::object& bias, bool add_to_output, const std::string& gate, BufferId scales, BufferId sums) {
             GpuLinearNode node;
-            node.weights = std::move(weights);
+            PARTITA_CHECK(weights.gpu == program.gpu(), "weights: lie on another device than the program");
+            node.weights = weights.linear;
             node.input = input;
             node.output = output;
             node.prepared = prepared;
