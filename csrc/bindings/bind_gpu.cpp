@@ -153,12 +153,6 @@ std::vector<float> time_launches(const std::shared_ptr<Gpu>& gpu, const std::vec
   return times_ms;
 }
 
-DType dtype_named(const std::string& name) {
-  for (int i = 0; i <= static_cast<int>(DType::kE4M3); ++i)
-    if (name == dtype_name(static_cast<DType>(i))) return static_cast<DType>(i);
-  throw_value_error("dtype: got '", name, "', wanted a real number type of 8 to 64 bits, bfloat16 or float8_e4m3fn");
-}
-
 py::object text_or_none(const std::string& text) { return text.empty() ? py::object(py::none()) : py::str(text); }
 
 py::dict library_dict(const std::string& world) {
@@ -170,11 +164,16 @@ py::dict library_dict(const std::string& world) {
   dict["targets"] = found.library ? py::object(py::str(found.library->targets)) : py::object(py::none());
   dict["num_devices"] = found.num_devices;
   dict["reason"] = text_or_none(found.reason);
-  py::dict families;
+  py::dict families, verified;
   if (found.library)
-    for (const auto& [family, entries] : found.library->registry->families())
+    for (const auto& [family, entries] : found.library->registry->families()) {
       families[py::str(family)] = entries.size();
+      size_t num_verified = 0;
+      for (const void* entry : entries) num_verified += *KernelRegistry::info_of(entry).verified_on != '\0';
+      verified[py::str(family)] = num_verified;
+    }
   dict["kernels"] = families;
+  dict["verified"] = verified;
   return dict;
 }
 
@@ -189,7 +188,9 @@ const SimtControls& simt_controls() {
 void register_gpu(py::module_& module) {
   module.def("gpu_library", &library_dict, py::arg("world"),
              "What the device library of a world (\"cuda\", \"simt\") offers: compiled (bool), toolkit, targets, "
-             "num_devices, reason (why none can be opened, or None), kernels (family -> how many).");
+             "num_devices, reason (why none can be opened, or None), kernels (family -> how many), verified (family -> "
+             "how many of them have "
+             "passed their tests on hardware).");
   py::class_<Gpu, std::shared_ptr<Gpu>>(module, "Gpu", "One device of a world. Made by open_gpu.")
       .def_property_readonly("world", [](const Gpu& gpu) { return gpu.properties().world; })
       .def_property_readonly("name", [](const Gpu& gpu) { return gpu.properties().name; })

@@ -31,4 +31,6 @@ PYBIND11_MODULE(_native, module) {
   register_activation_gpu(module);
   register_embedding_gpu(module);
   register_append_gpu(module);
+  register_frames(module);
+  register_lanes(module);
 }

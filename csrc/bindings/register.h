@@ -23,5 +23,7 @@ void register_norm_gpu(pybind11::module_& module);
 void register_activation_gpu(pybind11::module_& module);
 void register_embedding_gpu(pybind11::module_& module);
 void register_append_gpu(pybind11::module_& module);
+void register_frames(pybind11::module_& module);
+void register_lanes(pybind11::module_& module);
 
 }  // namespace partita::bindings
