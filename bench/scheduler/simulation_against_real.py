@@ -109,7 +109,7 @@ def main() -> None:
     ).check()  # fmt: skip
     loaded = load_model(args)
     plan = loaded.kv_plan
-    path = namespace.machine or machine_file(loaded.name, loaded.threads, loaded.packed.activations, args.kv_dtype)
+    path = namespace.machine or machine_file(loaded, args.kv_dtype)
     model = CostModel(spec_of(loaded, args.kv_codecs), Machine.load(path))
     config = SchedulerConfig(
         num_pages=plan.num_pages, page_size=plan.page_size, max_num_seqs=args.max_num_seqs, max_num_batched_tokens=512,

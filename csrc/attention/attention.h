@@ -15,8 +15,9 @@
 
 namespace partita {
 
-enum class KvCodec : uint8_t { kF32, kBF16, kF16, kInt8, kInt4Rotated, kInt4Plain };
-const char* kv_codec_name(KvCodec codec);  // "fp32", "bf16", "fp16", "int8", "int4", "int4-plain"
+// kE4M3 is float8_e4m3fn without a scale: rounded to nearest even, what is larger than 448 stored as +-448, NaN as NaN.
+enum class KvCodec : uint8_t { kF32, kBF16, kF16, kInt8, kInt4Rotated, kInt4Plain, kE4M3 };
+const char* kv_codec_name(KvCodec codec);  // "fp32", "bf16", "fp16", "int8", "int4", "int4-plain", "fp8"
 KvCodec parse_kv_codec(const std::string& name);
 bool kv_codec_has_params(KvCodec codec);  // integer codes with an fp16 (scale, min) per (token, head)
 // The stream holds H x instead of x, H the orthonormal block Hadamard matrix of kv_rotation_size(head_dim).

@@ -29,15 +29,17 @@ const char* kv_codec_name(KvCodec codec) {
       return "int4";
     case KvCodec::kInt4Plain:
       return "int4-plain";
+    case KvCodec::kE4M3:
+      return "fp8";
   }
   return "?";
 }
 
 KvCodec parse_kv_codec(const std::string& name) {
-  for (KvCodec codec :
-       {KvCodec::kF32, KvCodec::kBF16, KvCodec::kF16, KvCodec::kInt8, KvCodec::kInt4Rotated, KvCodec::kInt4Plain})
+  for (KvCodec codec : {KvCodec::kF32, KvCodec::kBF16, KvCodec::kF16, KvCodec::kInt8, KvCodec::kInt4Rotated,
+                        KvCodec::kInt4Plain, KvCodec::kE4M3})
     if (name == kv_codec_name(codec)) return codec;
-  throw_value_error("kv codec: got '", name, "', wanted fp32, bf16, fp16, int8, int4 or int4-plain");
+  throw_value_error("kv codec: got '", name, "', wanted fp32, bf16, fp16, fp8, int8, int4 or int4-plain");
 }
 
 bool kv_codec_has_params(KvCodec codec) {
@@ -60,6 +62,7 @@ size_t kv_row_bytes(KvCodec codec, int head_dim) {
     case KvCodec::kF16:
       return static_cast<size_t>(head_dim) * 2;
     case KvCodec::kInt8:
+    case KvCodec::kE4M3:
       return static_cast<size_t>(head_dim);
     case KvCodec::kInt4Rotated:
     case KvCodec::kInt4Plain:

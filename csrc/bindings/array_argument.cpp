@@ -16,7 +16,7 @@ struct DlDevice {
   int32_t device_id;
 };
 struct DlDataType {
-  uint8_t code;  // 0 int, 1 uint, 2 float, 4 bfloat
+  uint8_t code;  // 0 int, 1 uint, 2 float, 4 bfloat, 10 float8_e4m3fn
   uint8_t bits;
   uint16_t lanes;
 };
@@ -94,6 +94,9 @@ bool dtype_from_dlpack(DlDataType type, DType* out) {
       return true;
     case 4016:
       *out = DType::kBF16;
+      return true;
+    case 10008:
+      *out = DType::kE4M3;
       return true;
     default:
       return false;
@@ -187,7 +190,7 @@ void ArrayArgument::check_dlpack_device(int32_t type, int32_t ordinal) const {
                   device_type_name(type), ", wanted one in CPU memory");
 }
 
-// NumPy arrays, ml_dtypes' bfloat16 among them (whose type the buffer protocol cannot name).
+// NumPy arrays, ml_dtypes' bfloat16 and float8_e4m3fn among them (whose types the buffer protocol cannot name).
 bool ArrayArgument::from_array_interface(py::handle object, bool writable) {
   if (!py::hasattr(object, "__array_interface__")) return false;
   try {
@@ -212,10 +215,10 @@ void ArrayArgument::read_array_interface(py::handle object, bool writable) {
   if (!is_known) {
     // ml_dtypes' types all look like raw bytes here; only the dtype's name (slow to ask for) tells them apart.
     const std::string dtype_text = py::hasattr(object, "dtype") ? std::string(py::str(object.attr("dtype"))) : typestr;
-    if (dtype_text != "bfloat16")
-      throw TypeMismatch(
-          concat(view_.name, ": got dtype ", dtype_text, ", wanted a real number type of 8 to 64 bits or bfloat16"));
-    view_.dtype = DType::kBF16;
+    if (dtype_text != "bfloat16" && dtype_text != "float8_e4m3fn")
+      throw TypeMismatch(concat(view_.name, ": got dtype ", dtype_text,
+                                ", wanted a real number type of 8 to 64 bits, bfloat16 or float8_e4m3fn"));
+    view_.dtype = dtype_text == "bfloat16" ? DType::kBF16 : DType::kE4M3;
   }
   if (typestr[0] == '>') throw_big_endian(view_.name);
   const py::tuple data = interface["data"];
@@ -272,7 +275,8 @@ bool ArrayArgument::from_dlpack(py::handle object, bool writable) {
   check_ndim(view_.name, tensor->ndim);
   if (tensor->dtype.lanes != 1 || !dtype_from_dlpack(tensor->dtype, &view_.dtype))
     throw TypeMismatch(concat(view_.name, ": got DLPack type code ", int(tensor->dtype.code), " with ",
-                              int(tensor->dtype.bits), " bits, wanted a real number type of 8 to 64 bits or bfloat16"));
+                              int(tensor->dtype.bits),
+                              " bits, wanted a real number type of 8 to 64 bits, bfloat16 or float8_e4m3fn"));
   view_.data = static_cast<std::byte*>(tensor->data) + tensor->byte_offset;
   view_.ndim = tensor->ndim;
   int64_t running = 1;
@@ -309,6 +313,12 @@ bool ArrayArgument::from_buffer(py::handle object, bool writable) {
   }
   owner_ = py::reinterpret_borrow<py::object>(object);
   return true;
+}
+
+DType dtype_named(const std::string& name) {
+  for (int i = 0; i <= static_cast<int>(DType::kE4M3); ++i)
+    if (name == dtype_name(static_cast<DType>(i))) return static_cast<DType>(i);
+  throw_value_error("dtype: got '", name, "', wanted a real number type of 8 to 64 bits, bfloat16 or float8_e4m3fn");
 }
 
 }  // namespace partita::bindings

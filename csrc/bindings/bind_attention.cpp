@@ -267,7 +267,7 @@ KvGroupLayout make_layout(int num_layers, int num_kv_heads, int head_dim, int pa
 
 void register_attention(py::module_& module) {
   py::class_<KvGroupLayout>(module, "KvGroupLayout",
-                            "Byte image of one KV group's page. kv_dtype: a codec (fp32, bf16, fp16, int8, int4, "
+                            "Byte image of one KV group's page. kv_dtype: a codec (fp32, bf16, fp16, fp8, int8, int4, "
                             "int4-plain) or a pair k:v. Raises ValueError naming the bad field.")
       .def(py::init(&make_layout), py::arg("num_layers"), py::arg("num_kv_heads"), py::arg("head_dim"),
            py::arg("page_size") = 64, py::arg("kv_dtype") = "bf16", py::arg("window") = 0)

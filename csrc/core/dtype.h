@@ -6,12 +6,13 @@
 
 namespace partita {
 
-enum class DType : uint8_t { kF32, kBF16, kF16, kI8, kU8, kI32, kI64, kU32, kU64, kF64 };
+enum class DType : uint8_t { kF32, kBF16, kF16, kI8, kU8, kI32, kI64, kU32, kU64, kF64, kE4M3 };
 
 constexpr size_t dtype_bytes(DType dtype) {
   switch (dtype) {
     case DType::kI8:
     case DType::kU8:
+    case DType::kE4M3:
       return 1;
     case DType::kBF16:
     case DType::kF16:
@@ -50,6 +51,8 @@ constexpr const char* dtype_name(DType dtype) {
       return "uint64";
     case DType::kF64:
       return "float64";
+    case DType::kE4M3:
+      return "float8_e4m3fn";
   }
   return "?";
 }

@@ -46,13 +46,12 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def machine_file(model: str, threads: int, activations: str, kv_dtype: str) -> Path:
-    """Where the file of this machine and model lies."""
-    from runtime import _native
+def machine_file(loaded, kv_dtype: str) -> Path:
+    """Where the file of this machine and a LoadedModel lies."""
     from runtime.loading.cache_folder import cache_folder
 
-    key = f"{cpu_name()}|{_native.active_cpu_isa()}|{threads}|{activations}|{kv_dtype}"
-    name = re.sub(r"[^A-Za-z0-9.-]+", "-", os.path.basename(model)).strip("-").lower()
+    key = f"{cpu_name()}|{loaded.device.describe(loaded.packed.activations)}|{kv_dtype}"
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", os.path.basename(loaded.name)).strip("-").lower()
     return cache_folder() / "machines" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
 
 
@@ -89,7 +88,7 @@ def calibrate(loaded, spec, *, num_runs: int = 9, seconds: float = 45.0, log=pri
     started_s = time.monotonic()
     max_tokens = 512
     cores = _native.usable_core_ids()
-    whole = [cores[i % len(cores)] for i in range(loaded.threads)]
+    whole = [cores[i % len(cores)] for i in range(loaded.device.threads)]
     bench = StepBench(loaded, [whole], max_tokens, 64)
     fitted = [kind for kind in fit_grid(max_tokens) if bench.fits(kind)]
     held_out = [kind for kind in held_out_grid(max_tokens) if bench.fits(kind)]
@@ -158,6 +157,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m runtime.ca
     namespace, args = parse_or_exit(parser, argv)
     if namespace.runs < 1 or namespace.seconds <= 0:
         parser.error("--runs must be at least 1 and --seconds above 0")
+    if args.device != "cpu":
+        parser.error(
+            f"--device: got {args.device!r}; only the CPU is calibrated, a GPU's machine file is written by hand"
+        )
     from runtime.describe_model import spec_of
     from runtime.engine_loader import load_model
 
@@ -168,11 +171,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m runtime.ca
         machine, errors = calibrate(loaded, spec, num_runs=namespace.runs, seconds=namespace.seconds)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    path = (
-        Path(namespace.output)
-        if namespace.output
-        else machine_file(loaded.name, loaded.threads, loaded.packed.activations, args.kv_dtype)
-    )
+    path = Path(namespace.output) if namespace.output else machine_file(loaded, args.kv_dtype)
     machine.save(path)
     for name, rates in machine.classes.items():
         if name != "default":

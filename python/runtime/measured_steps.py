@@ -56,14 +56,13 @@ class StepBench:
         self.program, self.plan = loaded.program, plan
         self.window = max((group.window for group in plan.groups), default=0)
         self.max_tokens = max_tokens
-        self.arena = _native.KvArena(list(plan.groups), plan.num_pages)
-        self.rows = _native.RowStore(
+        device = loaded.device
+        self.arena = device.kv_arena(plan.groups, plan.num_pages)
+        self.rows = device.row_store(
             max_requests, plan.max_model_len, plan.num_groups, plan.page_size, loaded.config.vocab_size
         )
         self.completions = _native.CompletionQueue()
-        self.lanes = [
-            _native.Lane(index, list(cores), len(cores), self.completions) for index, cores in enumerate(lane_cores)
-        ]
+        self.lanes = [device.lane(index, self.completions, list(cores)) for index, cores in enumerate(lane_cores)]
         for lane in self.lanes:
             lane.set_tracing(True)
         self._sampling = _native.SamplingParams()

@@ -9,7 +9,7 @@ import numpy as np
 
 from runtime import _native
 
-CODECS = ("fp32", "bf16", "fp16", "int8", "int4", "int4-plain")
+CODECS = ("fp32", "bf16", "fp16", "int8", "int4", "int4-plain", "fp8")
 LEVELS = {"int8": 255, "int4": 15, "int4-plain": 15}
 
 
@@ -38,6 +38,16 @@ def rotate(x: np.ndarray) -> np.ndarray:
     return (blocks @ h / math.sqrt(n)).reshape(x.shape)
 
 
+def e4m3_values() -> np.ndarray:
+    """Value of each of the 256 float8_e4m3fn codes, from the format's definition. [256] float64"""
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    magnitude = np.where(exponent > 0, 2.0 ** (exponent - 7) * (1 + mantissa / 8), 2.0**-6 * mantissa / 8)
+    values = np.where(codes < 128, magnitude, -magnitude)
+    values[[0x7F, 0xFF]] = np.nan
+    return values
+
+
 def decode_page(layout, page: np.ndarray, layer: int, stream: str) -> np.ndarray:
     """One stream of a page from its documented byte image.  page: [page_bytes] uint8 -> [Hkv, page_size, D] float64"""
     codec = layout.k_codec if stream == "k" else layout.v_codec
@@ -53,6 +63,8 @@ def decode_page(layout, page: np.ndarray, layer: int, stream: str) -> np.ndarray
         else:
             values = np.frombuffer(raw, np.float32 if codec == "fp32" else np.float16)
         return values.reshape(heads, tokens, dim).astype(np.float64)
+    if codec == "fp8":
+        return e4m3_values()[page[start : start + count]].reshape(heads, tokens, dim)
     code_bytes = count if codec == "int8" else count // 2
     raw = page[start : start + code_bytes]
     if codec == "int8":

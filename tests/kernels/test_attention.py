@@ -13,7 +13,7 @@ from tests.kernels.attention_cases import CODECS, Step, isas, relative_error
 # Exact mode is fp32 throughout; otherwise integer codecs compute with 16-bit fixed-point q and p on AVX-512.
 EXACT_ERROR = 1e-5
 INTEGER_ERROR = 5e-4
-MIXED = ["int8:int4", "bf16:int4-plain", "int4:bf16", "fp32:int8", "int8:fp16", "int4-plain:int8"]
+MIXED = ["int8:int4", "bf16:int4-plain", "int4:bf16", "fp32:int8", "int8:fp16", "int4-plain:int8", "fp8:int8"]
 
 
 @pytest.fixture(params=isas())
@@ -113,7 +113,7 @@ def chunked(step: Step, lengths) -> list[list[tuple[int, int]]]:
 @pytest.mark.parametrize(("kv_dtype", "window", "soft_cap", "exact"), [
     ("fp32", 0, 0.0, True), ("bf16", 0, 0.0, False), ("fp16", 0, 0.0, False), ("int8", 0, 0.0, False),
     ("int4", 0, 0.0, False), ("int4-plain", 0, 0.0, False), ("int8:int4", 0, 0.0, True), ("bf16:int4", 0, 4.0, False),
-    ("bf16", 100, 0.0, False), ("int8", 100, 0.0, False), ("int8:bf16", 37, 3.0, False),
+    ("fp8", 0, 0.0, False), ("bf16", 100, 0.0, False), ("int8", 100, 0.0, False), ("int8:bf16", 37, 3.0, False),
 ])  # fmt: skip
 def test_a_token_does_not_depend_on_its_chunk(isa, kv_dtype, window, soft_cap, exact):
     """Bit for bit: the same tokens in chunks of 1, 7, 64 and all at once, alone and beside another request."""
@@ -185,13 +185,14 @@ def test_bf16_error_is_at_most_twice_torch():
 def test_quantisation_orders_the_codecs():
     """What a user relies on: fp32 < bf16 < int8 < int4, and rotation helps keys that have loud channels."""
     errors = {}
-    for kv_dtype in ("fp32", "bf16", "int8", "int4", "int4-plain"):
+    for kv_dtype in ("fp32", "bf16", "fp8", "int8", "int4", "int4-plain"):
         step = Step([(0, 300)], kv_dtype=kv_dtype, seed=13)
         out = step.run()[0]
         _, k, v = step.split_qkv(0)
         errors[kv_dtype] = relative_error(out, step.attend_reference(0, k.swapaxes(0, 1), v.swapaxes(0, 1)))
     assert errors["fp32"] < errors["bf16"] < errors["int4"] < errors["int4-plain"]
     assert errors["int8"] < 0.25 * errors["int4"]
+    assert errors["bf16"] < errors["fp8"] < errors["int4"]
 
 
 def test_one_workspace_serves_plans_of_any_shape():

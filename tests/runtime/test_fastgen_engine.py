@@ -57,7 +57,7 @@ def test_a_calibrated_machines_file_is_found_and_a_broken_one_is_told(tiny, monk
     monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
     args = EngineArgs(model=str(path)).check()
     assert engine_loader.calibrated_model(loaded, args) is None
-    file = machine_file(loaded.name, loaded.threads, loaded.packed.activations, args.kv_dtype)
+    file = machine_file(loaded, args.kv_dtype)
     Machine("here", "test", 1e9, {"default": ClassRates(((1, 1e8),), 1e9)}).save(file)
     assert engine_loader.calibrated_model(loaded, args).machine.name == "here"
     file.write_text("{}")

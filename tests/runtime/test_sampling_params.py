@@ -112,6 +112,7 @@ def test_kv_dtype_is_a_codec_or_a_pair():
     assert parse_kv_dtype("auto") == ("bf16", "bf16")
     assert parse_kv_dtype("bfloat16") == ("bf16", "bf16")
     assert parse_kv_dtype("int4-plain") == ("int4-plain", "int4-plain")
+    assert parse_kv_dtype("fp8_e4m3:FP8") == ("fp8", "fp8")
     for text in ("", "int3", "int8:", "a:b:c", "int8:int4:int4"):
         with pytest.raises(ValueError, match="kv_dtype"):
             parse_kv_dtype(text)

@@ -49,6 +49,25 @@ inline uint16_t to_bf16(float x) {
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded);
 }
 
+// The addition of 2^14 leaves multiples of 2^-9, e4m3's subnormals, in the low bits, rounded to nearest even.
+inline uint8_t to_e4m3(float x) {
+  const uint32_t bits = float_bits(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t subnormal = float_bits(bits_float(magnitude) + 16384.0f) - float_bits(16384.0f);
+  const uint32_t normal = ((magnitude + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20) - (120u << 3);
+  uint32_t code = magnitude < 0x3c800000u ? subnormal : normal;  // below 2^-6
+  code = magnitude >= 0x43e00000u ? 0x7eu : code;                // 448
+  code = magnitude > 0x7f800000u ? 0x7fu : code;
+  return static_cast<uint8_t>(code | ((bits >> 24) & 0x80u));
+}
+inline float from_e4m3(uint8_t code) {
+  const uint32_t magnitude = code & 0x7fu, sign = (code & 0x80u) << 24;
+  const uint32_t normal = (magnitude << 20) + (120u << 23);
+  const uint32_t subnormal = float_bits(static_cast<float>(magnitude) * 0.001953125f);  // 2^-9
+  uint32_t bits = magnitude < 8 ? subnormal : normal;
+  bits = magnitude == 0x7f ? 0x7fc00000u : bits;
+  return bits_float(bits | sign);
+}
+
 void normalize_row(float* x, const float* weight, float eps, int head_dim) {
   float sums[kGroup] = {};
   int d = 0;
@@ -136,8 +155,9 @@ void encode_integer(const float* x, int head_dim, int max_code, std::byte* codes
     low = lows[l] < low ? lows[l] : low;
     high = highs[l] > high ? highs[l] : high;
   }
-  low = clamp_to_half(low);
-  high = clamp_to_half(high);
+  // Adding zero turns -0 into 0: which of equal zeros came first must not show in the bytes.
+  low = clamp_to_half(low) + 0.0f;
+  high = clamp_to_half(high) + 0.0f;
   params[0] = to_half(clamp_to_half((high - low) / static_cast<float>(max_code)));
   params[1] = to_half(low);
   // A scale that rounds to zero (all elements equal, or nearly) leaves every code 0: the value is the minimum.
@@ -183,6 +203,11 @@ void encode_row(KvCodec codec, const float* x, int head_dim, std::byte* codes, u
     case KvCodec::kInt4Rotated:
     case KvCodec::kInt4Plain:
       return encode_integer(x, head_dim, 15, codes, params);
+    case KvCodec::kE4M3: {
+      auto* out = reinterpret_cast<uint8_t*>(codes);
+      for (int i = 0; i < head_dim; ++i) out[i] = to_e4m3(x[i]);
+      return;
+    }
   }
 }
 
@@ -215,6 +240,9 @@ void decode_row(KvCodec codec, const std::byte* codes, const uint16_t* params, i
       }
       return;
     }
+    case KvCodec::kE4M3:
+      for (int i = 0; i < head_dim; ++i) x[i] = from_e4m3(bytes[i]);
+      return;
   }
 }
 

@@ -58,6 +58,16 @@ inline __m512 codes_to_float(__m512i words, int shift, int mask) {
 
 // ---- K: 16 tokens into the tile's columns [16 g, 16 g + 16)
 
+// e4m3 codes in the low bytes: shifted, they are halves whose exponent is 8 too small.
+__attribute__((always_inline)) inline __m512 e4m3_to_float(__m512i codes) {
+  const __m512i magnitude = _mm512_and_si512(codes, _mm512_set1_epi32(0x7f));
+  const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(codes, _mm512_set1_epi32(0x80)), 8);
+  const __m512i half = _mm512_or_si512(_mm512_slli_epi32(magnitude, 7), sign);
+  const __m512 x = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(half)), _mm512_set1_ps(256.0f));
+  const __mmask16 is_nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f));
+  return _mm512_mask_mov_ps(x, is_nan, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
+}
+
 void load_k_fp32(const AttendTask& task, const Scratch& s, const TokenGroup& group, int g) {
   float* out = s.k + g * kGroupTokens;  // row d at out + 64 d
   const int row_bytes = static_cast<int>(task.k.row_bytes);
@@ -95,6 +105,10 @@ void load_k_fp32(const AttendTask& task, const Scratch& s, const TokenGroup& gro
         case KvCodec::kInt4Plain:
           for (int b = 0; b < 8; ++b, out += kKvTileTokens)
             _mm512_store_ps(out, _mm512_fmadd_ps(codes_to_float(words[i], 4 * b, 15), scale, min));
+          break;
+        case KvCodec::kE4M3:
+          for (int b = 0; b < 4; ++b, out += kKvTileTokens)
+            _mm512_store_ps(out, e4m3_to_float(_mm512_srli_epi32(words[i], 8 * b)));
           break;
       }
     }
@@ -188,6 +202,12 @@ void load_v_fp32(const AttendTask& task, const Scratch& s, const TokenGroup& gro
           const __m512i words = _mm512_cvtepu8_epi32(bytes);
           _mm512_store_ps(out, _mm512_fmadd_ps(codes_to_float(words, 0, 15), scale, min));
           _mm512_store_ps(out + 16, _mm512_fmadd_ps(codes_to_float(words, 4, 15), scale, min));
+          break;
+        }
+        case KvCodec::kE4M3: {
+          const __m256i bytes = _mm256_maskz_loadu_epi8(mask32, row + d);
+          _mm512_store_ps(out, e4m3_to_float(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(bytes))));
+          _mm512_store_ps(out + 16, e4m3_to_float(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(bytes, 1))));
           break;
         }
       }
