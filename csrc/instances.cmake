@@ -65,7 +65,57 @@ partita_gemm(u4_channel_int8_t128 "Nibbles" mma_u4_channel "1" "128, 128, 128, 2
 partita_gemm(u4_two_level_int8_t16 "TwoLevelNibbles" mma_u4_two_level "32 | 64 | 128" "16, 128, 256, 1, 2, 2, 4")
 partita_gemm(u4_two_level_int8_t128 "TwoLevelNibbles" mma_u4_two_level "32 | 64 | 128" "128, 128, 128, 2, 4, 1, 3")
 
+# ---- gemm, sm_90a (CUTLASS; csrc/gemm/cuda/README_sm90.md says why these tiles)
+foreach(tokens 16 64 128 256)
+  partita_instance(cutlass_w4a16_bf16_${tokens}_sm90 gemm/cuda/cutlass_w4a16_sm90.cu.in 33
+                   TOKENS=${tokens} ACTIVATION=cutlass::bfloat16_t ACTIVATIONS=kBF16)
+  partita_instance(cutlass_w4a16_f16_${tokens}_sm90 gemm/cuda/cutlass_w4a16_sm90.cu.in 33
+                   TOKENS=${tokens} ACTIVATION=cutlass::half_t ACTIVATIONS=kF16)
+endforeach()
+foreach(tokens 128 256)
+  partita_instance(cutlass_bf16_${tokens}_sm90 gemm/cuda/cutlass_half_sm90.cu.in 22
+                   TOKENS=${tokens} ELEMENT=cutlass::bfloat16_t ACTIVATIONS=kBF16 CODES=kBF16)
+  partita_instance(cutlass_f16_${tokens}_sm90 gemm/cuda/cutlass_half_sm90.cu.in 22
+                   TOKENS=${tokens} ELEMENT=cutlass::half_t ACTIVATIONS=kF16 CODES=kF16)
+endforeach()
+foreach(tokens 16 64 128)
+  partita_instance(cutlass_fp8_${tokens}_sm90 gemm/cuda/cutlass_fp8_sm90.cu.in 18 TOKENS=${tokens})
+endforeach()
+foreach(tokens 128 256)
+  partita_instance(cutlass_int8_${tokens}_sm90 gemm/cuda/cutlass_int8_sm90.cu.in 18 TOKENS=${tokens})
+endforeach()
+foreach(tokens 64 128)
+  partita_instance(cutlass_fp8_block_${tokens}_sm90 gemm/cuda/cutlass_fp8_block_sm90.cu.in 25 TOKENS=${tokens})
+endforeach()
+
 # ---- attention
+# Decode: attend_decode_d<head_dim>_<k>_<v>. Smaller heads run in the next larger one, padded.
+foreach(head_dim 64 128 256)
+  foreach(pair "BF16 BF16" "F16 F16" "Int8 Int8" "E4M3 E4M3" "Int4Plain Int4Plain" "Int4Plain BF16" "Int4Plain F16"
+          "Int8 Int4Plain")
+    string(REPLACE " " ";" codecs ${pair})
+    list(GET codecs 0 k)
+    list(GET codecs 1 v)
+    string(TOLOWER "attend_decode_d${head_dim}_${k}_${v}" name)
+    string(REPLACE "int4plain" "int4" name ${name})
+    string(REPLACE "e4m3" "fp8" name ${name})
+    partita_instance(${name} attention/cuda/attend_decode.cu.in 20 NAME=${name} VERIFIED= HEAD_DIM=${head_dim} K=k${k}
+                     V=k${v})
+  endforeach()
+endforeach()
+
+# Prefill: attend_prefill_d<head_dim>_<type>, for pages of that type, or _converting, for any codec but fp32.
+foreach(head_dim 64 128 256)
+  foreach(kind "bf16 BF16 false" "fp16 F16 false" "converting F16 true")
+    string(REPLACE " " ";" kind ${kind})
+    list(GET kind 0 label)
+    list(GET kind 1 codec)
+    list(GET kind 2 converts)
+    set(name attend_prefill_d${head_dim}_${label})
+    partita_instance(${name} attention/cuda/attend_prefill.cu.in 20 NAME=${name} VERIFIED= HEAD_DIM=${head_dim}
+                     CODEC=k${codec} CONVERTS=${converts})
+  endforeach()
+endforeach()
 
 # ----
 if(PARTITA_INSTANCE_SECONDS GREATER PARTITA_INSTANCE_BUDGET_SECONDS)

@@ -11,6 +11,7 @@
 #include "core/parallel_for.h"
 #include "gemm/fragment_layout.h"
 #include "gemm/gemm_kernels_gpu.h"
+#include "gemm/packed_layouts_sm90.h"
 
 namespace partita {
 namespace {
@@ -465,7 +466,8 @@ constexpr PackedLayout kLayouts[] = {
 
 std::vector<const PackedLayout*> all_packed_layouts() {
   std::vector<const PackedLayout*> layouts;
-  for (const PackedLayout& layout : kLayouts) layouts.push_back(&layout);
+  for (const PackedLayout& layout : packed_layouts_sm90()) layouts.push_back(&layout);
+  for (const PackedLayout& layout : kLayouts) layouts.push_back(&layout);  // the naive one last
   return layouts;
 }
 

@@ -242,21 +242,44 @@ class GpuLinear final : public GpuPackedLinear {
       }
       choices.push_back(choice);
     }
-    keep_verified(&choices, notes);
+    if (!keep_named(&choices)) keep_verified(&choices, notes);
     if (options_.batch_invariant) keep_one_class(&choices, notes);
     for (LayoutChoice& choice : choices) choice.score = score(choice);
     return choices;
   }
 
-  // What never ran on hardware is no default while a verified kernel fits.
+  // A kernel that the table names for this shape brings its layout, whatever it would cost.
+  bool keep_named(std::vector<LayoutChoice>* choices) const {
+    for (const TableLine& line : table_)
+      for (const LayoutChoice& choice : *choices) {
+        if (line.out_features != choice.view.out_features || line.in_features != choice.view.in_features) continue;
+        for (const GemmKernel* candidate : choice.candidates) {
+          if (line.kernel != candidate->info.name) continue;
+          *choices = std::vector<LayoutChoice>{LayoutChoice(choice)};
+          return true;
+        }
+      }
+    return false;
+  }
+
+  // What never ran on hardware is no default while a verified kernel fits. Where none is verified, code for one
+  // architecture alone, which no other machine runs, stands behind the family that simt runs.
   void keep_verified(std::vector<LayoutChoice>* choices, std::string* notes) const {
-    bool has_verified = false;
+    if (gpu_->properties().world != "cuda") return;
+    bool has_verified = false, has_family = false;
     for (const LayoutChoice& choice : *choices)
-      for (const GemmKernel* candidate : choice.candidates) has_verified = has_verified || is_verified(*candidate);
-    if (!has_verified || gpu_->properties().world != "cuda") return;
-    keep(
-        choices, notes, [](const GemmKernel& candidate) { return is_verified(candidate); },
-        "never ran on hardware while a verified one fits");
+      for (const GemmKernel* candidate : choice.candidates) {
+        has_verified = has_verified || is_verified(*candidate);
+        has_family = has_family || candidate->max_compute_capability == 0;
+      }
+    if (has_verified)
+      keep(
+          choices, notes, [](const GemmKernel& candidate) { return is_verified(candidate); },
+          "never ran on hardware while a verified one fits");
+    else if (has_family)
+      keep(
+          choices, notes, [](const GemmKernel& candidate) { return candidate.max_compute_capability == 0; },
+          "never ran anywhere while one that simt runs fits");
   }
 
   // Batch invariance: all candidates of a layout sum an output alike. The class that costs least stays; one kernel of
