@@ -71,7 +71,7 @@ def test_u8(gpu, dtype, codes, offset):
 @pytest.mark.parametrize("codes, kernel", [("s8", "s8_int8"), ("u4", "u4_channel_int8")])
 def test_int8_sums_are_exact(gpu, codes, kernel, splits):
     rng = np.random.default_rng(splits)
-    rows, cols, tokens = 130, 904, 21
+    rows, cols, tokens = 130, 912, 21
     low, high = (0, 16) if codes == "u4" else (-128, 128)
     raw = rng.integers(low, high, (rows, cols))
     zeros = rng.integers(0, 16, (rows, 1)) if codes == "u4" else np.zeros((rows, 1), np.int64)
@@ -89,9 +89,9 @@ def test_int8_sums_are_exact(gpu, codes, kernel, splits):
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_two_level_sums_are_exact(gpu, group):
     rng = np.random.default_rng(group)
-    weight = random_two_levels(rng, 140, 264, group, unit_scales=True)
+    weight = random_two_levels(rng, 140, 272, group, unit_scales=True)
     run = Runner(gpu, packed(gpu, weight.native, "int8", "gemm_wgmma_u4_two_level_int8_t128_sm90"))
-    x = rng.integers(-127, 128, (19, 264)).astype(np.int8)
+    x = rng.integers(-127, 128, (19, 272)).astype(np.int8)
     out = run(x, x_scale=np.ones(19, np.float32), x_sum=x.sum(1, dtype=np.int32))
     np.testing.assert_array_equal(out, x.astype(np.int64) @ weight.codes.T)
 
