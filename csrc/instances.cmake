@@ -104,6 +104,33 @@ foreach(tokens 64 128)
 endforeach()
 
 # ---- attention
+# Decode: attend_decode_d<head_dim>_<k>_<v>. Smaller heads run in the next larger one, padded.
+foreach(head_dim 64 128 256)
+  foreach(pair "BF16 BF16" "F16 F16" "Int8 Int8" "E4M3 E4M3" "Int4Plain Int4Plain" "Int4Plain BF16" "Int4Plain F16"
+          "Int8 Int4Plain")
+    string(REPLACE " " ";" codecs ${pair})
+    list(GET codecs 0 k)
+    list(GET codecs 1 v)
+    string(TOLOWER "attend_decode_d${head_dim}_${k}_${v}" name)
+    string(REPLACE "int4plain" "int4" name ${name})
+    string(REPLACE "e4m3" "fp8" name ${name})
+    partita_instance(${name} attention/cuda/attend_decode.cu.in 20 NAME=${name} VERIFIED= HEAD_DIM=${head_dim} K=k${k}
+                     V=k${v})
+  endforeach()
+endforeach()
+
+# Prefill: attend_prefill_d<head_dim>_<type>, for pages of that type, or _converting, for any codec but fp32.
+foreach(head_dim 64 128 256)
+  foreach(kind "bf16 BF16 false" "fp16 F16 false" "converting F16 true")
+    string(REPLACE " " ";" kind ${kind})
+    list(GET kind 0 label)
+    list(GET kind 1 codec)
+    list(GET kind 2 converts)
+    set(name attend_prefill_d${head_dim}_${label})
+    partita_instance(${name} attention/cuda/attend_prefill.cu.in 20 NAME=${name} VERIFIED= HEAD_DIM=${head_dim}
+                     CODEC=k${codec} CONVERTS=${converts})
+  endforeach()
+endforeach()
 
 # ----
 if(PARTITA_INSTANCE_SECONDS GREATER PARTITA_INSTANCE_BUDGET_SECONDS)

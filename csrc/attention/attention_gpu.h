@@ -131,6 +131,7 @@ class GpuAttentionPlan {
   size_t max_workspace_bytes(int64_t max_tokens, int64_t max_requests, int64_t max_context,
                              const GpuPlanOptions& options) const;
 
+  const Gpu& gpu() const { return *gpu_; }
   const GpuAttentionDesc& desc() const { return desc_; }
   const AttendSelection& selection() const { return selection_; }
   std::string describe() const;  // the kernels with reasons, and what the last build made

@@ -5,6 +5,7 @@
 
 #include "bindings/array_argument.h"
 #include "bindings/gpu_array.h"
+#include "bindings/gpu_linear.h"
 #include "bindings/register.h"
 #include "bindings/weight_argument.h"
 #include "core/check.h"
@@ -63,12 +64,6 @@ void dequantize(const CanonicalWeight& weight, const py::object& out_object) {
   for (int64_t row = 0; row < weight.out_features; ++row)
     weight.dequantize_row(row, out->as<float>() + row * weight.in_features);
 }
-
-// A linear and the device it lives on, which its arguments must share.
-struct BoundLinear {
-  std::shared_ptr<Gpu> gpu;
-  std::shared_ptr<GpuPackedLinear> linear;
-};
 
 BoundLinear pack(std::shared_ptr<Gpu> gpu, const py::list& weights, const std::string& activations,
                  bool batch_invariant, bool interleaves_gate, const std::string& selection_table) {
