@@ -105,3 +105,32 @@ def test_gated_epilogue(gpu):
     sums = x.astype(np.float64) @ weight.values.T
     gate, up = sums[:, :80], sums[:, 80:]
     assert relative_error(run(x, gate="silu"), gate / (1 + np.exp(-gate)) * up) < 2e-2
+
+
+def test_every_wait_and_barrier_is_needed():
+    """With any one of them switched off, some order of warps is reported or gives other sums."""
+    gpu = native.open_gpu("simt")
+    rng = np.random.default_rng(6)
+    weight = random_codes(rng, "u4", 128, 520, 64, "zero", "bf16")
+    run = Runner(gpu, packed(gpu, weight.native, "bf16", "gemm_wgmma_u4_bf16_t128_sm90"))
+    x = half_inputs(rng, 128, 520, "bf16")
+    native.simt_take_visited_sites()
+    right = run(x)
+    sites = [site for site in native.simt_take_visited_sites() if "wgmma_tile_sm90.cuh" in site]
+    assert len(sites) == 6, sites  # two waits for copies, four barriers
+    try:
+        for site in sites:
+            native.simt_set_disabled_site(site)
+            noticed = False
+            for seed in range(4):
+                native.simt_set_seed(seed)
+                try:
+                    noticed = noticed or not np.array_equal(run(x), right)
+                except RuntimeError:
+                    noticed = True
+                if noticed:
+                    break
+            assert noticed, site
+    finally:
+        native.simt_set_disabled_site("")
+        native.simt_set_seed(0)
