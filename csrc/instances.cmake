@@ -65,6 +65,21 @@ partita_gemm(u4_channel_int8_t128 "Nibbles" mma_u4_channel "1" "128, 128, 128, 2
 partita_gemm(u4_two_level_int8_t16 "TwoLevelNibbles" mma_u4_two_level "32 | 64 | 128" "16, 128, 256, 1, 2, 2, 4")
 partita_gemm(u4_two_level_int8_t128 "TwoLevelNibbles" mma_u4_two_level "32 | 64 | 128" "128, 128, 128, 2, 4, 1, 3")
 
+# ---- gemm, sm_90a: wgmma over the layouts above (gemm/cuda/wgmma_tile_sm90.cuh); tokens, stages
+macro(partita_wgmma name decoder layout groups tokens stages)
+  partita_instance(gemm_wgmma_${name}_t${tokens}_sm90 gemm/cuda/wgmma_instance_sm90.cu.in 5 "DECODER=${decoder}"
+                   "LAYOUT=${layout}" "GROUPS=${groups}" TOKENS=${tokens} STAGES=${stages})
+endmacro()
+foreach(type f16 bf16)
+  string(TOUPPER "${type}" type_name)
+  partita_wgmma(u4_${type} "GroupCodes<GpuActivations::k${type_name}, 4>" mma_u4_group "32 | 64 | 128 | 1" 128 5)
+  partita_wgmma(u4_${type} "GroupCodes<GpuActivations::k${type_name}, 4>" mma_u4_group "32 | 64 | 128 | 1" 256 4)
+  partita_wgmma(u8_${type} "GroupCodes<GpuActivations::k${type_name}, 8>" mma_u8_group "16 | 32 | 64 | 128 | 1" 128 5)
+endforeach()
+partita_wgmma(s8_int8 "SignedBytes" mma_s8_channel "1" 128 4)
+partita_wgmma(u4_channel_int8 "Nibbles" mma_u4_channel "1" 128 5)
+partita_wgmma(u4_two_level_int8 "TwoLevelNibbles" mma_u4_two_level "32 | 64 | 128" 128 5)
+
 # ---- gemm, sm_90a (CUTLASS; csrc/gemm/cuda/README_sm90.md says why these tiles)
 foreach(tokens 16 64 128 256)
   partita_instance(cutlass_w4a16_bf16_${tokens}_sm90 gemm/cuda/cutlass_w4a16_sm90.cu.in 33
