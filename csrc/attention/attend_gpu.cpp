@@ -111,8 +111,7 @@ void check_attention_gpu(const GpuAttentionParams& params, const GpuAttentionBat
   PARTITA_CHECK(batch.num_requests >= 0, "num_requests: got ", batch.num_requests, ", wanted no negative number");
   if (batch.num_tokens == 0) return;
   PARTITA_CHECK(params.qkv && params.out, "qkv, out: got a null pointer");
-  PARTITA_CHECK(batch.token_positions && batch.token_requests && batch.cu_seqlens_q && batch.context_starts &&
-                    batch.page_tables && batch.arena,
+  PARTITA_CHECK(batch.token_positions && batch.token_requests && batch.page_tables && batch.arena,
                 "batch: got a null pointer");
   PARTITA_CHECK(batch.page_table_stride >= 1, "page_table_stride: got ", batch.page_table_stride,
                 ", wanted at least 1");

@@ -33,7 +33,7 @@ struct GpuAttentionBatch {
   int num_requests = 0;                      // R, padded requests included
   const int32_t* token_positions = nullptr;  // [T] absolute; -1: padded
   const int32_t* token_requests = nullptr;   // [T] 0..R-1
-  const int32_t* cu_seqlens_q = nullptr;     // [R + 1] token rows of each request
+  const int32_t* cu_seqlens_q = nullptr;     // [R + 1] token rows of each request; append and attend do without
   const int32_t* context_starts = nullptr;   // [R] absolute position of each request's first token here; -1: padded
   const int32_t* page_tables = nullptr;      // [R, page_table_stride] page ids; entry p holds positions
                                              // [p * page_size, (p + 1) * page_size)

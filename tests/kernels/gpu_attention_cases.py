@@ -51,7 +51,7 @@ class GpuStep:
         self.plan = plan or _native.GpuAttentionPlan(gpu, layout, step.num_q_heads, qkv_dtype=dtype, exact=step.exact)
         self.arrays = [
             to_device(gpu, step.arena), to_device(gpu, self.positions.astype(np.int32)),
-            to_device(gpu, self.requests), to_device(gpu, self.cu), to_device(gpu, self.starts), to_device(gpu, tables),
+            to_device(gpu, self.requests), to_device(gpu, tables),
         ]  # fmt: skip
         self.qkv = to_device(gpu, self.q)
 
