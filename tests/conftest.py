@@ -8,6 +8,19 @@ import subprocess
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default="cpu", help="cpu, cuda or simt: what engines run on whose test names no device"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") != "cpu":
+        from tests.kit.engines import set_default_device
+
+        set_default_device(config.getoption("--device"))
+
+
 def has_cuda_device() -> bool:
     if shutil.which("nvidia-smi") is None:
         return False

@@ -34,12 +34,12 @@ class NodeByNode:
         )
         plan = self.loaded.kv_plan
         pages = -(-plan.max_model_len // plan.page_size)
-        self.arena = _native.KvArena(list(plan.groups), pages * plan.num_groups)
-        self.rows = _native.RowStore(
+        self.arena = self.loaded.device.kv_arena(plan.groups, pages * plan.num_groups)
+        self.rows = self.loaded.device.row_store(
             1, plan.max_model_len, plan.num_groups, plan.page_size, self.loaded.config.vocab_size
         )
         self.completions = _native.CompletionQueue()
-        self.lane = _native.Lane(0, [], self.loaded.threads, self.completions)
+        self.lane = self.loaded.device.lane(0, self.completions)
         self.frame = _native.Frame(self.loaded.program, self.arena, self.rows, plan.max_model_len, plan.max_model_len)
         self.pages = pages
 

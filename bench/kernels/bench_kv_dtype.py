@@ -38,8 +38,8 @@ def main() -> int:
         runners[kv_dtype] = runner = StepRunner(load_model(args.check()), 1, max(arguments.contexts) + 1)
         runner.fill(max(arguments.contexts))
     loaded = runner.loaded
-    bandwidth = _native.machine_peaks(loaded.threads, 1.0)["read_gb_per_second"]
-    print(f"{_native.active_cpu_isa()}, {loaded.threads} threads, read {bandwidth:.1f} GB/s")
+    bandwidth = _native.machine_peaks(loaded.device.threads, 1.0)["read_gb_per_second"]
+    print(f"{_native.active_cpu_isa()}, {loaded.device.threads} threads, read {bandwidth:.1f} GB/s")
     results, are_faster = [], True
     for context in arguments.contexts:
         step_us: dict[str, list[float]] = {kv_dtype: [] for kv_dtype in runners}

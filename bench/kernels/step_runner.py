@@ -16,17 +16,17 @@ class StepRunner:
 
     def __init__(self, loaded, num_rows: int, max_tokens: int, cores: list[int] | None = None):
         """``max_tokens``: of each row, and of the longest step's share of it. ``cores``: what the lane's workers are
-        bound to; None: ``loaded.threads`` workers, bound to none."""
+        bound to; None: ``loaded.device.threads`` workers, bound to none."""
         plan = loaded.kv_plan
         self.loaded = loaded
         self.num_rows = num_rows
         pages = -(-max_tokens // plan.page_size)
-        self._arena = _native.KvArena(list(plan.groups), num_rows * pages * plan.num_groups)
-        self._rows = _native.RowStore(
+        self._arena = loaded.device.kv_arena(plan.groups, num_rows * pages * plan.num_groups)
+        self._rows = loaded.device.row_store(
             num_rows, plan.max_model_len, plan.num_groups, plan.page_size, loaded.config.vocab_size
         )
         self._completions = _native.CompletionQueue()
-        self._lane = _native.Lane(0, cores or [], len(cores) if cores else loaded.threads, self._completions)
+        self._lane = loaded.device.lane(0, self._completions, cores)
         self._frame = _native.Frame(loaded.program, self._arena, self._rows, max(CHUNK_TOKENS, num_rows), num_rows)
         greedy = _native.SamplingParams()
         greedy.temperature = 0.0

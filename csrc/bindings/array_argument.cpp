@@ -315,4 +315,10 @@ bool ArrayArgument::from_buffer(py::handle object, bool writable) {
   return true;
 }
 
+DType dtype_named(const std::string& name) {
+  for (int i = 0; i <= static_cast<int>(DType::kE4M3); ++i)
+    if (name == dtype_name(static_cast<DType>(i))) return static_cast<DType>(i);
+  throw_value_error("dtype: got '", name, "', wanted a real number type of 8 to 64 bits, bfloat16 or float8_e4m3fn");
+}
+
 }  // namespace partita::bindings

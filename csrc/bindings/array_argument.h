@@ -36,4 +36,7 @@ class ArrayArgument {
   int cuda_ordinal_ = -1;  // not negative: the array must lie on this CUDA device
 };
 
+// "float32", "bfloat16" ...: throws ValueError for what is no element type.
+DType dtype_named(const std::string& name);
+
 }  // namespace partita::bindings

@@ -45,6 +45,8 @@ class GpuArrayArgument {
 // The Gpu of the first GpuArray among the objects; throws TypeMismatch when there is none.
 std::shared_ptr<Gpu> gpu_of(std::initializer_list<pybind11::handle> objects);
 bool is_gpu_array(pybind11::handle object);
+// A GpuArray, or an array that says by DLPack that it lies on a CUDA device: which half of an op is meant.
+bool is_on_gpu(pybind11::handle object);
 
 // An optional stream argument: None is the Gpu's default stream, an int a stream's address.
 GpuStream stream_argument(Gpu& gpu, const pybind11::object& stream);

@@ -17,11 +17,20 @@ PYBIND11_MODULE(_native, module) {
   register_cuda(module);
   register_gpu(module);
   register_gemm(module);
+  register_packed_layout(module);
+  register_gemm_gpu(module);
   register_attention(module);
   register_attention_gpu(module);
   register_norm(module);
   register_activation(module);
   register_embedding(module);
   register_sampling(module);
+  register_sampling_gpu(module);
   register_program(module);
+  register_norm_gpu(module);
+  register_activation_gpu(module);
+  register_embedding_gpu(module);
+  register_append_gpu(module);
+  register_frames(module);
+  register_lanes(module);
 }

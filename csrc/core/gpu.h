@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace partita {
@@ -108,6 +109,39 @@ class GpuBuffer {
 
  private:
   void swap(GpuBuffer& other) noexcept {
+    std::swap(gpu_, other.gpu_);
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+  }
+  std::shared_ptr<Gpu> gpu_;
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// Pinned host memory that frees itself.
+class GpuPinnedBuffer {
+ public:
+  GpuPinnedBuffer() = default;
+  GpuPinnedBuffer(std::shared_ptr<Gpu> gpu, size_t bytes)
+      : gpu_(std::move(gpu)), data_(bytes ? gpu_->allocate_pinned(bytes) : nullptr), bytes_(bytes) {}
+  GpuPinnedBuffer(GpuPinnedBuffer&& other) noexcept { swap(other); }
+  GpuPinnedBuffer& operator=(GpuPinnedBuffer&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~GpuPinnedBuffer() {
+    if (data_) gpu_->release_pinned(data_);
+  }
+
+  std::byte* data() const { return static_cast<std::byte*>(data_); }
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void swap(GpuPinnedBuffer& other) noexcept {
     std::swap(gpu_, other.gpu_);
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);

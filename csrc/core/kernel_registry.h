@@ -13,6 +13,7 @@
 // Launch functions throw std::runtime_error when the launch fails, and return before the kernel has run.
 #pragma once
 
+#include <cstddef>
 #include <map>
 #include <string>
 #include <vector>
@@ -45,6 +46,8 @@ class KernelRegistry {
     return found.empty() ? nullptr : found[0];
   }
   const std::map<std::string, std::vector<const void*>>& families() const { return entries_; }
+  // Every family's entry begins with its info.
+  static const KernelInfo& info_of(const void* entry) { return *static_cast<const KernelInfo*>(entry); }
 
  private:
   std::map<std::string, std::vector<const void*>> entries_;
@@ -57,6 +60,7 @@ template <typename Entry>
 class KernelRegistration {
  public:
   explicit KernelRegistration(const Entry& entry) : entry_(entry) {
+    static_assert(offsetof(Entry, info) == 0, "an entry begins with its KernelInfo");
     registry_of_this_library().add(Entry::kFamily, &entry_);
   }
   KernelRegistration(const KernelRegistration&) = delete;

@@ -1,7 +1,6 @@
 #include "program/frame.h"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "core/check.h"
@@ -18,16 +17,11 @@ Frame::Frame(std::shared_ptr<const Program> program, std::shared_ptr<KvArena> ar
   PARTITA_CHECK(program_ && program_->is_sealed(), "program: got one that is not sealed");
   PARTITA_CHECK(max_tokens > 0, "max_tokens: got ", max_tokens, ", wanted a positive number");
   PARTITA_CHECK(max_logit_rows > 0, "max_logit_rows: got ", max_logit_rows, ", wanted a positive number");
-  for (const BufferSpec& spec : program_->buffers())
-    buffers_.emplace_back(spec.row_bytes * (spec.rows == RowKind::kToken ? max_tokens_ : max_logit_rows_));
-  const size_t num_groups = arena_->groups().size();
-  page_tables_.resize(num_groups);
-  attention_batches_.resize(num_groups);
-  attention_plans_.resize(program_->attention_plans().size());
-  attention_workspaces_.resize(attention_plans_.size());
   for (const ProgramAttention& plan : program_->attention_plans())
-    PARTITA_CHECK(plan.group >= 0 && plan.group < static_cast<int>(num_groups), "program: attends in KV group ",
-                  plan.group, ", the arena has ", num_groups);
+    PARTITA_CHECK(plan.group >= 0 && plan.group < static_cast<int>(arena_->groups().size()),
+                  "program: attends in KV group ", plan.group, ", the arena has ", arena_->groups().size());
+  PARTITA_CHECK(arena_->gpu() == program_->gpu(), "arena: lies on another device than the program");
+  PARTITA_CHECK(row_store_->gpu() == program_->gpu(), "rows: lie on another device than the program");
 }
 
 void Frame::clear_step() {
@@ -47,6 +41,7 @@ void Frame::prepare(const std::vector<StepRow>& step_rows, const std::vector<Pag
   clear_step();
   score_all_ = score_all;
   const int page_size = arena_->page_size();
+  const int num_groups = static_cast<int>(arena_->groups().size());
   cu_seqlens_q_.push_back(0);
   for (size_t i = 0; i < step_rows.size(); ++i) {
     const StepRow& step_row = step_rows[i];
@@ -59,9 +54,9 @@ void Frame::prepare(const std::vector<StepRow>& step_rows, const std::vector<Pag
     const int64_t end = static_cast<int64_t>(step_row.start) + step_row.num_tokens;
     if (step_row.start < 0 || step_row.num_tokens <= 0 || end > row_store_->max_tokens())
       fail("got tokens ", step_row.start, " to ", end, ", wanted a range within 0 to ", row_store_->max_tokens());
-    for (size_t group = 0; group < page_tables_.size(); ++group)
-      if (end > row_store_->num_pages(step_row.row, static_cast<int>(group)) * page_size)
-        fail("tokens up to ", end, " are scheduled, its ", row_store_->num_pages(step_row.row, static_cast<int>(group)),
+    for (int group = 0; group < num_groups; ++group)
+      if (end > row_store_->num_pages(step_row.row, group) * page_size)
+        fail("tokens up to ", end, " are scheduled, its ", row_store_->num_pages(step_row.row, group),
              " pages of KV group ", group, " hold fewer");
     for (int32_t t = 0; t < step_row.num_tokens; ++t) {
       token_rows_.push_back(step_row.row);
@@ -90,29 +85,7 @@ void Frame::prepare(const std::vector<StepRow>& step_rows, const std::vector<Pag
   sampled_.resize(std::max<size_t>(sampled_.size(), num_logit_rows));
   scores_.resize(std::max<size_t>(scores_.size(), num_logit_rows));
 
-  for (size_t group = 0; group < page_tables_.size(); ++group) {
-    page_tables_[group].clear();
-    for (const StepRow& step_row : step_rows)
-      page_tables_[group].push_back(row_store_->page_table(step_row.row, static_cast<int>(group)));
-    AttentionBatch& batch = attention_batches_[group];
-    batch.num_tokens = num_tokens;
-    batch.num_requests = static_cast<int>(step_rows.size());
-    batch.cu_seqlens_q = cu_seqlens_q_.data();
-    batch.context_starts = context_starts_.data();
-    batch.page_tables = page_tables_[group].data();
-    batch.arena = arena_->data();
-    batch.arena_page_bytes = arena_->page_bytes();
-  }
-  for (size_t i = 0; i < attention_plans_.size(); ++i) {
-    const ProgramAttention& wanted = program_->attention_plans()[i];
-    AttentionPlan& plan = attention_plans_[i];
-    plan.build(arena_->groups()[wanted.group], wanted.num_q_heads, attention_batches_[wanted.group]);
-    shape_.score_pairs = std::max(shape_.score_pairs, plan.score_pairs());
-    if (attention_workspaces_[i].bytes() < plan.workspace_bytes())
-      attention_workspaces_[i] = AlignedBuffer(plan.workspace_bytes());
-    // Where this plan counts, the last one may have left partial results. Each attend leaves the counters at zero.
-    if (plan.counter_bytes() > 0) std::memset(attention_workspaces_[i].data(), 0, plan.counter_bytes());
-  }
+  build_step();
   set_cursor(0);
 }
 
@@ -120,6 +93,16 @@ void Frame::set_input_embeddings(const float* embeddings, int64_t num_tokens, in
   PARTITA_CHECK(num_tokens == shape_.num_tokens, "input_embeddings: got ", num_tokens, " rows, wanted ",
                 shape_.num_tokens, " (the step's tokens)");
   input_embeddings_.assign(embeddings, embeddings + num_tokens * hidden_size);
+}
+
+void claim_range(Frame& frame, int first, int last) {
+  const int num_nodes = frame.program().num_nodes();
+  PARTITA_CHECK(first >= 0 && first < last && last <= num_nodes, "nodes: got ", first, " to ", last,
+                ", wanted a non-empty range within 0 to ", num_nodes);
+  PARTITA_CHECK(frame.num_tokens() > 0, "frame: submitted before prepare()");
+  PARTITA_CHECK(first == frame.cursor(), "first: got node ", first, ", wanted the frame's cursor, node ",
+                frame.cursor());
+  PARTITA_CHECK(!frame.is_busy.exchange(true), "frame: submitted while an earlier range of it is not finished");
 }
 
 }  // namespace partita

@@ -1,4 +1,5 @@
-// Everything one run of a program owns: inputs, activations, plans, results, and where it stands.
+// One run of a program: its inputs, its results, and where it stands. What it computes in lies in a CpuFrame or a
+// GpuFrame.
 #pragma once
 
 #include <atomic>
@@ -6,8 +7,6 @@
 #include <memory>
 #include <vector>
 
-#include "attention/attention_plan.h"
-#include "core/aligned_buffer.h"
 #include "program/kv_arena.h"
 #include "program/program.h"
 #include "program/row_store.h"
@@ -29,9 +28,9 @@ struct PageCopyPair {
 
 class Frame {
  public:
-  // Buffers are sized for max_tokens rows and max_logit_rows logit rows; memory is touched when used.
-  Frame(std::shared_ptr<const Program> program, std::shared_ptr<KvArena> arena, std::shared_ptr<RowStore> rows,
-        int64_t max_tokens, int64_t max_logit_rows);
+  virtual ~Frame() = default;
+  Frame(const Frame&) = delete;
+  Frame& operator=(const Frame&) = delete;
 
   // Sets the step's inputs and puts the cursor at the first node. Logits are computed for the last scheduled token of
   // each sampling row, or, with score_all, for every scheduled token but no sampling.
@@ -39,6 +38,8 @@ class Frame {
   void prepare(const std::vector<StepRow>& step_rows, const std::vector<PageCopyPair>& copies, bool score_all);
   // Replaces the embedding lookup of this step.  [T, H] fp32, copied.
   void set_input_embeddings(const float* embeddings, int64_t num_tokens, int64_t hidden_size);
+  // A buffer's rows of this step as fp32.  out: [T or S, width]
+  virtual void read_buffer(BufferId id, float* out) const = 0;
 
   const Program& program() const { return *program_; }
   const std::shared_ptr<const Program>& shared_program() const { return program_; }
@@ -51,6 +52,7 @@ class Frame {
   int64_t num_tokens() const { return shape_.num_tokens; }
   int64_t num_requests() const { return shape_.num_requests; }
   int64_t num_logit_rows() const { return shape_.num_logit_rows; }
+  int64_t num_rows(RowKind rows) const { return rows == RowKind::kToken ? num_tokens() : num_logit_rows(); }
   const std::vector<StepRow>& step_rows() const { return step_rows_; }
   const std::vector<PageCopyPair>& copies() const { return copies_; }
   bool scores_all() const { return score_all_; }
@@ -59,15 +61,8 @@ class Frame {
   const int32_t* token_rows() const { return token_rows_.data(); }            // [T] row of each token
   const int32_t* token_positions() const { return token_positions_.data(); }  // [T]
   const int32_t* logit_tokens() const { return logit_tokens_.data(); }        // [S] token row of each logit row
-
-  std::byte* buffer(BufferId id) const { return buffers_[id].data(); }
-  template <typename T>
-  T* buffer_as(BufferId id) const {
-    return buffers_[id].as<T>();
-  }
-  const AttentionBatch& attention_batch(int group) const { return attention_batches_[group]; }
-  const AttentionPlan& attention_plan(int plan) const { return attention_plans_[plan]; }
-  std::byte* attention_workspace(int plan) const { return attention_workspaces_[plan].data(); }
+  const int32_t* cu_seqlens_q() const { return cu_seqlens_q_.data(); }        // [R + 1]
+  const int32_t* context_starts() const { return context_starts_.data(); }    // [R]
 
   // Results of the sampling nodes.
   SampledToken& sampled(int64_t logit_row) { return sampled_[logit_row]; }
@@ -80,30 +75,35 @@ class Frame {
   // A range is running or queued; prepare() and a second submit are refused meanwhile.
   std::atomic<bool> is_busy{false};
 
- private:
-  void clear_step();
+ protected:
+  Frame(std::shared_ptr<const Program> program, std::shared_ptr<KvArena> arena, std::shared_ptr<RowStore> rows,
+        int64_t max_tokens, int64_t max_logit_rows);
+  // What the device needs of a step that is known to be good: plans, staged inputs. Sets shape_.score_pairs.
+  virtual void build_step() = 0;
 
   std::shared_ptr<const Program> program_;
   std::shared_ptr<KvArena> arena_;
   std::shared_ptr<RowStore> row_store_;
   int64_t max_tokens_;
   int64_t max_logit_rows_;
-
   StepShape shape_;
+
+ private:
+  void clear_step();
+
   bool score_all_ = false;
   std::vector<StepRow> step_rows_;
   std::vector<PageCopyPair> copies_;
   std::vector<float> input_embeddings_;
   std::vector<int32_t> token_rows_, token_positions_, logit_tokens_;
-  std::vector<int32_t> cu_seqlens_q_, context_starts_;    // [R + 1], [R]
-  std::vector<std::vector<const int32_t*>> page_tables_;  // [groups][R]
-  std::vector<AttentionBatch> attention_batches_;         // [groups]
-  std::vector<AttentionPlan> attention_plans_;            // as in Program::attention_plans
-  std::vector<AlignedBuffer> attention_workspaces_;
-  std::vector<AlignedBuffer> buffers_;  // as in Program::buffers
-  std::vector<SampledToken> sampled_;   // [S]
-  std::vector<float> scores_;           // [S]
+  std::vector<int32_t> cu_seqlens_q_, context_starts_;  // [R + 1], [R]
+  std::vector<SampledToken> sampled_;                   // [S]
+  std::vector<float> scores_;                           // [S]
   std::atomic<int> cursor_{0};
 };
+
+// A range is about to run: throws ValueError when it is empty, does not begin at the frame's cursor, or the frame is
+// unprepared or busy; marks the frame busy.
+void claim_range(Frame& frame, int first, int last);
 
 }  // namespace partita

@@ -12,8 +12,8 @@
 
 namespace partita {
 
-KvArena::KvArena(std::vector<KvGroupLayout> groups, int64_t num_pages)
-    : groups_(std::move(groups)), num_pages_(num_pages) {
+KvArena::KvArena(std::vector<KvGroupLayout> groups, int64_t num_pages, std::shared_ptr<Gpu> gpu)
+    : groups_(std::move(groups)), gpu_(std::move(gpu)), num_pages_(num_pages) {
   PARTITA_CHECK(!groups_.empty(), "groups: got none, wanted at least one KV group");
   PARTITA_CHECK(num_pages > 0, "num_pages: got ", num_pages, ", wanted a positive number");
   for (const KvGroupLayout& group : groups_) {
@@ -23,6 +23,11 @@ KvArena::KvArena(std::vector<KvGroupLayout> groups, int64_t num_pages)
     page_bytes_ = std::max(page_bytes_, group.page_bytes());
   }
   page_bytes_ = (page_bytes_ + 63) / 64 * 64;
+  if (gpu_) {
+    device_memory_ = GpuBuffer(gpu_, page_bytes_ * num_pages_, "KV arena");
+    data_ = device_memory_.data();
+    return;
+  }
   void* memory = mmap(nullptr, page_bytes_ * num_pages_, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED)
@@ -34,15 +39,28 @@ KvArena::KvArena(std::vector<KvGroupLayout> groups, int64_t num_pages)
 }
 
 KvArena::~KvArena() {
-  if (data_) munmap(data_, page_bytes_ * num_pages_);
+  if (data_ && !gpu_) munmap(data_, page_bytes_ * num_pages_);
 }
 
 void KvArena::copy_page(int64_t source, int64_t target) const {
   PARTITA_CHECK(source >= 0 && source < num_pages_ && target >= 0 && target < num_pages_, "copy_page: got ", source,
                 " -> ", target, ", wanted pages 0 to ", num_pages_ - 1);
+  PARTITA_CHECK(!gpu_, "copy_page: the arena lies on a GPU");
   std::memcpy(page(target), page(source), page_bytes_);
 }
 
-void KvArena::release_memory() { madvise(data_, page_bytes_ * num_pages_, MADV_DONTNEED); }
+void KvArena::read_page(int64_t page_id, std::byte* out) const {
+  PARTITA_CHECK(page_id >= 0 && page_id < num_pages_, "page_id: got ", page_id, ", wanted 0 to ", num_pages_ - 1);
+  if (!gpu_) {
+    std::memcpy(out, page(page_id), page_bytes_);
+    return;
+  }
+  gpu_->copy(out, page(page_id), page_bytes_, GpuCopy::kDeviceToHost, gpu_->default_stream());
+  gpu_->synchronize(gpu_->default_stream());
+}
+
+void KvArena::release_memory() {
+  if (!gpu_) madvise(data_, page_bytes_ * num_pages_, MADV_DONTNEED);
+}
 
 }  // namespace partita

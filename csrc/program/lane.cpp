@@ -2,10 +2,8 @@
 
 #include <pthread.h>
 #include <sched.h>
-#include <time.h>
 
 #include <algorithm>
-#include <chrono>
 #include <exception>
 #include <utility>
 
@@ -16,12 +14,6 @@
 namespace partita {
 namespace {
 
-int64_t monotonic_ns() {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return now.tv_sec * 1000000000LL + now.tv_nsec;
-}
-
 // Between stages the next one opens within microseconds, so a worker spins for about 20 us (a pause is some 40 ns);
 // a sleep costs about 50 us to wake from. Between ranges the engine thread answers within some 100 us.
 constexpr int kStageSpins = 512;
@@ -31,7 +23,7 @@ constexpr uint32_t kFinished = 0xffffffffu;
 
 // A phase of a node, with the words its workers share, each in a cache line of its own.
 struct alignas(64) Stage {
-  const Op* op = nullptr;
+  const CpuOp* op = nullptr;
   int node = 0;
   int phase = 0;
   int64_t num_chunks = 0;
@@ -43,38 +35,9 @@ struct alignas(64) Stage {
 
 }  // namespace
 
-void CompletionQueue::push(Completion completion) {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    completions_.push_back(std::move(completion));
-  }
-  arrived_.notify_one();
-}
-
-void CompletionQueue::notify() {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    was_notified_ = true;
-  }
-  arrived_.notify_one();
-}
-
-std::vector<Completion> CompletionQueue::wait_any(double timeout_s) {
-  std::unique_lock<std::mutex> lock(mutex_);
-  const auto is_ready = [this] { return was_notified_ || !completions_.empty(); };
-  if (timeout_s < 0)
-    arrived_.wait(lock, is_ready);
-  else
-    arrived_.wait_for(lock, std::chrono::duration<double>(timeout_s), is_ready);
-  was_notified_ = false;
-  std::vector<Completion> taken;
-  taken.swap(completions_);
-  return taken;
-}
-
 class LaneExecution {
  public:
-  LaneExecution(uint64_t ticket, std::shared_ptr<Frame> frame, int first, int last, bool is_traced)
+  LaneExecution(uint64_t ticket, std::shared_ptr<CpuFrame> frame, int first, int last, bool is_traced)
       : ticket(ticket), frame(std::move(frame)), first(first), last(last), is_traced(is_traced) {}
 
   // Sizes come from the frame, whose step is complete by now; done by the first worker that arrives.
@@ -82,18 +45,18 @@ class LaneExecution {
     const auto& nodes = frame->program().nodes();
     size_t num_stages = 0, num_runs = 0;
     for (int node = first; node < last; ++node)
-      for (int phase = 0; phase < nodes[node].op->num_phases(); ++phase) {
+      for (int phase = 0; phase < nodes[node].cpu_op->num_phases(); ++phase) {
         ++num_stages;
-        num_runs += nodes[node].op->claims_in_runs(phase) ? num_workers : 1;
+        num_runs += nodes[node].cpu_op->claims_in_runs(phase) ? num_workers : 1;
       }
     stages = std::vector<Stage>(num_stages);
     runs = std::vector<ChunkRun>(num_runs);
     ChunkRun* next_runs = runs.data();
     size_t stage_idx = 0;
     for (int node = first; node < last; ++node)
-      for (int phase = 0; phase < nodes[node].op->num_phases(); ++phase) {
+      for (int phase = 0; phase < nodes[node].cpu_op->num_phases(); ++phase) {
         Stage& stage = stages[stage_idx++];
-        stage.op = nodes[node].op.get();
+        stage.op = nodes[node].cpu_op;
         stage.node = node;
         stage.phase = phase;
         stage.begins_node = phase == 0;
@@ -144,7 +107,7 @@ class LaneExecution {
   }
 
   const uint64_t ticket;
-  const std::shared_ptr<Frame> frame;
+  const std::shared_ptr<CpuFrame> frame;
   const int first, last;
   const bool is_traced;
   std::vector<Stage> stages;
@@ -183,15 +146,9 @@ Lane::~Lane() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-uint64_t Lane::submit(std::shared_ptr<Frame> frame, int first, int last) {
+uint64_t Lane::submit(std::shared_ptr<CpuFrame> frame, int first, int last) {
   PARTITA_CHECK(frame != nullptr, "frame: got none");
-  const int num_nodes = frame->program().num_nodes();
-  PARTITA_CHECK(first >= 0 && first < last && last <= num_nodes, "nodes: got ", first, " to ", last,
-                ", wanted a non-empty range within 0 to ", num_nodes);
-  PARTITA_CHECK(frame->num_tokens() > 0, "frame: submitted before prepare()");
-  PARTITA_CHECK(first == frame->cursor(), "first: got node ", first, ", wanted the frame's cursor, node ",
-                frame->cursor());
-  PARTITA_CHECK(!frame->is_busy.exchange(true), "frame: submitted while an earlier range of it is not finished");
+  claim_range(*frame, first, last);
   uint64_t ticket;
   {
     const std::lock_guard<std::mutex> lock(mutex_);

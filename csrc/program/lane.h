@@ -6,7 +6,6 @@
 #pragma once
 
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -15,45 +14,10 @@
 #include <thread>
 #include <vector>
 
-#include "program/frame.h"
+#include "program/completions.h"
+#include "program/cpu_frame.h"
 
 namespace partita {
-
-// When one node of a range ran.
-struct NodeSpan {
-  int node = 0;
-  int64_t start_ns = 0;  // CLOCK_MONOTONIC
-  int64_t end_ns = 0;
-};
-
-// A finished range.
-struct Completion {
-  uint64_t ticket = 0;
-  int lane = 0;
-  int first_node = 0;
-  int cursor = 0;            // the node after the last one that ran
-  bool was_stopped = false;  // by request_stop, before the range's end
-  std::string error;         // empty: ran well
-  int64_t start_ns = 0;
-  int64_t end_ns = 0;
-  std::vector<NodeSpan> spans;  // with tracing on
-};
-
-// Where lanes report and the engine thread waits; shared by all lanes of an engine.
-class CompletionQueue {
- public:
-  void push(Completion completion);
-  // Makes a wait return early, with whatever is there (also when nothing is).
-  void notify();
-  // Sleeps until a completion or a notify() arrives or the time is over; takes all completions there are.
-  std::vector<Completion> wait_any(double timeout_s);
-
- private:
-  std::mutex mutex_;
-  std::condition_variable arrived_;
-  std::vector<Completion> completions_;
-  bool was_notified_ = false;
-};
 
 class LaneExecution;  // one submitted range, lane.cpp
 
@@ -71,7 +35,7 @@ class Lane {
 
   // Queues nodes [first, last) of the frame's program behind what the lane already has; returns its ticket at once.
   // The range must start at the frame's cursor. Throws ValueError otherwise, or when the frame is busy or unprepared.
-  uint64_t submit(std::shared_ptr<Frame> frame, int first, int last);
+  uint64_t submit(std::shared_ptr<CpuFrame> frame, int first, int last);
   // Asks a queued or running range to stop before its next node; nothing happens if it has finished.
   void request_stop(uint64_t ticket);
   void set_tracing(bool on) { is_tracing_.store(on); }

@@ -5,7 +5,7 @@
 
 #include "core/check.h"
 #include "core/chunk_claims.h"
-#include "program/frame.h"
+#include "program/cpu_frame.h"
 
 namespace partita {
 namespace {
@@ -61,14 +61,14 @@ NodeCost LinearOp::cost(const StepShape& shape) const {
   return {node_.weights->operations(rows), static_cast<double>(node_.weights->packed_bytes() + rows * row_bytes)};
 }
 
-int64_t LinearOp::num_chunks(const Frame& frame, int phase) const {
+int64_t LinearOp::num_chunks(const CpuFrame& frame, int phase) const {
   const int64_t rows = num_rows(frame.shape());
   if (rows == 0) return 0;
   if (phase == 0) return is_private(*node_.weights, rows) ? 0 : (rows - 1) / rows_per_prepare_chunk(rows) + 1;
   return node_.weights->num_chunks(rows, node_.gate != GateActivation::kNone);
 }
 
-void LinearOp::prepare_rows(const Frame& frame, int64_t first, int64_t last, std::byte* prepared,
+void LinearOp::prepare_rows(const CpuFrame& frame, int64_t first, int64_t last, std::byte* prepared,
                             int64_t stride) const {
   const float* input = frame.buffer_as<float>(node_.input);
   const float* norm_weight = node_.norm_weight.empty() ? nullptr : node_.norm_weight.data();
@@ -76,7 +76,7 @@ void LinearOp::prepare_rows(const Frame& frame, int64_t first, int64_t last, std
     node_.weights->prepare_row(input + row * input_stride_, norm_weight, node_.norm_eps, prepared + row * stride);
 }
 
-void LinearOp::run_chunk(Frame& frame, int phase, int64_t chunk, Worker& worker, const void* stage) const {
+void LinearOp::run_chunk(CpuFrame& frame, int phase, int64_t chunk, Worker& worker, const void* stage) const {
   const PackedLinear& weights = *node_.weights;
   const int64_t rows = num_rows(frame.shape());
   const int64_t stride = static_cast<int64_t>(weights.prepared_row_bytes());

@@ -23,7 +23,7 @@ struct LinearNode {
   GateActivation gate = GateActivation::kNone;
 };
 
-class LinearOp final : public Op {
+class LinearOp final : public CpuOp {
  public:
   LinearOp(LinearNode node, int64_t input_stride, int64_t output_stride, int64_t prepared_stride);
 
@@ -32,13 +32,13 @@ class LinearOp final : public Op {
   ResourceClass resource_class(const StepShape& shape) const override;
   NodeCost cost(const StepShape& shape) const override;
   int num_phases() const override { return 2; }
-  int64_t num_chunks(const Frame& frame, int phase) const override;
+  int64_t num_chunks(const CpuFrame& frame, int phase) const override;
   bool claims_in_runs(int phase) const override { return phase == 1; }
-  void run_chunk(Frame& frame, int phase, int64_t chunk, Worker& worker, const void* stage) const override;
+  void run_chunk(CpuFrame& frame, int phase, int64_t chunk, Worker& worker, const void* stage) const override;
 
  private:
   int64_t num_rows(const StepShape& shape) const;
-  void prepare_rows(const Frame& frame, int64_t first, int64_t last, std::byte* prepared, int64_t stride) const;
+  void prepare_rows(const CpuFrame& frame, int64_t first, int64_t last, std::byte* prepared, int64_t stride) const;
 
   LinearNode node_;
   int64_t input_stride_;     // floats

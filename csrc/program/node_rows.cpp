@@ -6,7 +6,7 @@
 
 #include "core/check.h"
 #include "norm/rms_norm_row.h"
-#include "program/frame.h"
+#include "program/cpu_frame.h"
 
 namespace partita {
 namespace {
@@ -18,9 +18,11 @@ int64_t chunks_of(int64_t rows) { return (rows + kRowsPerChunk - 1) / kRowsPerCh
 
 }  // namespace
 
-int64_t CopyPagesOp::num_chunks(const Frame& frame, int) const { return static_cast<int64_t>(frame.copies().size()); }
+int64_t CopyPagesOp::num_chunks(const CpuFrame& frame, int) const {
+  return static_cast<int64_t>(frame.copies().size());
+}
 
-void CopyPagesOp::run_chunk(Frame& frame, int, int64_t chunk, Worker&, const void*) const {
+void CopyPagesOp::run_chunk(CpuFrame& frame, int, int64_t chunk, Worker&, const void*) const {
   const PageCopyPair& copy = frame.copies()[chunk];
   frame.arena().copy_page(copy.source, copy.target);
 }
@@ -37,9 +39,9 @@ NodeCost EmbeddingOp::cost(const StepShape& shape) const {
   return {0, shape.num_tokens * (row_bytes + sizeof(float) * table_.hidden())};
 }
 
-int64_t EmbeddingOp::num_chunks(const Frame& frame, int) const { return chunks_of(frame.num_tokens()); }
+int64_t EmbeddingOp::num_chunks(const CpuFrame& frame, int) const { return chunks_of(frame.num_tokens()); }
 
-void EmbeddingOp::run_chunk(Frame& frame, int, int64_t chunk, Worker&, const void*) const {
+void EmbeddingOp::run_chunk(CpuFrame& frame, int, int64_t chunk, Worker&, const void*) const {
   const int64_t width = table_.hidden();
   const int64_t first = chunk * kRowsPerChunk;
   const int64_t num_rows = std::min(kRowsPerChunk, frame.num_tokens() - first);
@@ -77,9 +79,9 @@ NodeCost NormAddOp::cost(const StepShape& shape) const {
   return {5 * elements, 3 * sizeof(float) * elements};
 }
 
-int64_t NormAddOp::num_chunks(const Frame& frame, int) const { return chunks_of(frame.num_tokens()); }
+int64_t NormAddOp::num_chunks(const CpuFrame& frame, int) const { return chunks_of(frame.num_tokens()); }
 
-void NormAddOp::run_chunk(Frame& frame, int, int64_t chunk, Worker&, const void*) const {
+void NormAddOp::run_chunk(CpuFrame& frame, int, int64_t chunk, Worker&, const void*) const {
   const int64_t width = static_cast<int64_t>(weight_.size());
   const float* branch = frame.buffer_as<float>(branch_);
   float* residual = frame.buffer_as<float>(residual_);
@@ -93,9 +95,9 @@ NodeCost GatherLogitRowsOp::cost(const StepShape& shape) const {
   return {0, 2.0 * sizeof(float) * shape.num_logit_rows * width_};
 }
 
-int64_t GatherLogitRowsOp::num_chunks(const Frame& frame, int) const { return chunks_of(frame.num_logit_rows()); }
+int64_t GatherLogitRowsOp::num_chunks(const CpuFrame& frame, int) const { return chunks_of(frame.num_logit_rows()); }
 
-void GatherLogitRowsOp::run_chunk(Frame& frame, int, int64_t chunk, Worker&, const void*) const {
+void GatherLogitRowsOp::run_chunk(CpuFrame& frame, int, int64_t chunk, Worker&, const void*) const {
   const float* input = frame.buffer_as<float>(input_);
   float* output = frame.buffer_as<float>(output_);
   const int64_t last = std::min((chunk + 1) * kRowsPerChunk, frame.num_logit_rows());

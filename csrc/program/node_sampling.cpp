@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "core/check.h"
-#include "program/frame.h"
+#include "program/cpu_frame.h"
 
 namespace partita {
 namespace {
@@ -26,9 +26,9 @@ NodeCost SamplingOp::cost(const StepShape& shape) const {
           sizeof(float) * 1.0 * shape.num_logit_rows * vocab_size_};
 }
 
-int64_t SamplingOp::num_chunks(const Frame& frame, int) const { return frame.num_logit_rows(); }
+int64_t SamplingOp::num_chunks(const CpuFrame& frame, int) const { return frame.num_logit_rows(); }
 
-void SamplingOp::run_chunk(Frame& frame, int, int64_t chunk, Worker& worker, const void*) const {
+void SamplingOp::run_chunk(CpuFrame& frame, int, int64_t chunk, Worker& worker, const void*) const {
   float* logits = frame.buffer_as<float>(logits_) + chunk * vocab_size_;
   const int32_t token_idx = frame.logit_tokens()[chunk];
   const int32_t row = frame.token_rows()[token_idx];
@@ -62,9 +62,9 @@ NodeCost SoftCapOp::cost(const StepShape& shape) const {
   return {10 * elements, 2 * sizeof(float) * elements};
 }
 
-int64_t SoftCapOp::num_chunks(const Frame& frame, int) const { return frame.num_logit_rows(); }
+int64_t SoftCapOp::num_chunks(const CpuFrame& frame, int) const { return frame.num_logit_rows(); }
 
-void SoftCapOp::run_chunk(Frame& frame, int, int64_t chunk, Worker&, const void*) const {
+void SoftCapOp::run_chunk(CpuFrame& frame, int, int64_t chunk, Worker&, const void*) const {
   float* logits = frame.buffer_as<float>(logits_) + chunk * vocab_size_;
   for (int64_t i = 0; i < vocab_size_; ++i) logits[i] = cap_ * std::tanh(logits[i] / cap_);
 }

@@ -10,7 +10,7 @@ namespace partita {
 
 // Late inputs (penalties, seeds, token history) are read from the row store when the node runs. The sampled token
 // becomes the row's next known token at once, so the next step's embedding finds it there.
-class SamplingOp final : public Op {
+class SamplingOp final : public CpuOp {
  public:
   SamplingOp(int64_t vocab_size, BufferId logits) : vocab_size_(vocab_size), logits_(logits) {}
 
@@ -18,8 +18,8 @@ class SamplingOp final : public Op {
   std::string detail() const override;
   ResourceClass resource_class(const StepShape&) const override { return ResourceClass::kMemory; }
   NodeCost cost(const StepShape& shape) const override;
-  int64_t num_chunks(const Frame& frame, int phase) const override;
-  void run_chunk(Frame& frame, int phase, int64_t chunk, Worker& worker, const void* stage) const override;
+  int64_t num_chunks(const CpuFrame& frame, int phase) const override;
+  void run_chunk(CpuFrame& frame, int phase, int64_t chunk, Worker& worker, const void* stage) const override;
 
  private:
   int64_t vocab_size_;
@@ -27,7 +27,7 @@ class SamplingOp final : public Op {
 };
 
 // logits = cap * tanh(logits / cap), in place.
-class SoftCapOp final : public Op {
+class SoftCapOp final : public CpuOp {
  public:
   SoftCapOp(int64_t vocab_size, float cap, BufferId logits);
 
@@ -35,8 +35,8 @@ class SoftCapOp final : public Op {
   std::string detail() const override;
   ResourceClass resource_class(const StepShape&) const override { return ResourceClass::kMemory; }
   NodeCost cost(const StepShape& shape) const override;
-  int64_t num_chunks(const Frame& frame, int phase) const override;
-  void run_chunk(Frame& frame, int phase, int64_t chunk, Worker& worker, const void* stage) const override;
+  int64_t num_chunks(const CpuFrame& frame, int phase) const override;
+  void run_chunk(CpuFrame& frame, int phase, int64_t chunk, Worker& worker, const void* stage) const override;
 
  private:
   int64_t vocab_size_;

@@ -1,4 +1,5 @@
-// What a program is made of: ops that cut their work into chunks any worker may claim.
+// What a program is made of. On a CPU an op cuts its work into chunks that any worker may claim; on a GPU it launches
+// kernels on a stream.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +10,9 @@
 
 namespace partita {
 
-class Frame;
+class CpuFrame;
+struct GpuRun;
+struct GpuStepLimits;
 
 // What an op mostly waits for; nano-batches interleave nodes of different classes.
 enum class ResourceClass { kCompute, kMemory, kNetwork };
@@ -43,7 +46,7 @@ struct Worker {
   }
 };
 
-// Immutable once recorded. All state of a run is in the Frame and the Worker.
+// Immutable once recorded. All state of a run is in the frame and its workers or stream.
 class Op {
  public:
   virtual ~Op() = default;
@@ -52,14 +55,31 @@ class Op {
   virtual std::string detail() const { return ""; }  // shapes, kernel: for describe()
   virtual ResourceClass resource_class(const StepShape& shape) const = 0;
   virtual NodeCost cost(const StepShape& shape) const = 0;
+};
 
+class CpuOp : public Op {
+ public:
   // Phases of one node follow each other; chunks of one phase run in any order on any worker.
   virtual int num_phases() const { return 1; }
-  virtual int64_t num_chunks(const Frame& frame, int phase) const = 0;
+  virtual int64_t num_chunks(const CpuFrame& frame, int phase) const = 0;
   // Neighbouring chunks read neighbouring memory: each worker begins with a run of them of its own. Otherwise all
   // workers take the lowest chunk left, which suits chunks sorted by cost.
   virtual bool claims_in_runs(int phase) const { return static_cast<void>(phase), false; }
-  virtual void run_chunk(Frame& frame, int phase, int64_t chunk, Worker& worker, const void* stage) const = 0;
+  virtual void run_chunk(CpuFrame& frame, int phase, int64_t chunk, Worker& worker, const void* stage) const = 0;
+};
+
+class GpuOp : public Op {
+ public:
+  // Enqueues the node's kernels on the run's stream and returns. Nothing here may wait for the device or allocate its
+  // memory: the stream may be being captured.
+  virtual void launch(const GpuRun& run) const = 0;
+  // False: nothing is launched for this step, and the trace shows no such node.
+  virtual bool has_work(const GpuRun& run) const { return static_cast<void>(run), true; }
+  // Device memory that one run within these limits needs beside its buffers. It is zero at first, and each run leaves
+  // zero what it counts in. Nodes of equal key share it: their kernels follow each other on one stream and count in the
+  // same places.
+  virtual size_t workspace_bytes(const GpuStepLimits& limits) const { return static_cast<void>(limits), 0; }
+  virtual std::string workspace_key() const { return kind(); }
 };
 
 }  // namespace partita

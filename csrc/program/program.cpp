@@ -20,29 +20,42 @@ const char* resource_class_name(ResourceClass resource_class) {
   return "?";
 }
 
-BufferId Program::add_buffer(std::string name, RowKind rows, int64_t row_bytes) {
+BufferId Program::add_buffer(std::string name, RowKind rows, int64_t width, DType dtype) {
   PARTITA_CHECK(!sealed_, "program: a buffer was added after seal()");
-  PARTITA_CHECK(row_bytes > 0, "buffer '", name, "': got row_bytes ", row_bytes, ", wanted a positive number");
-  buffers_.push_back({std::move(name), rows, row_bytes});
+  PARTITA_CHECK(width > 0, "buffer '", name, "': got width ", width, ", wanted a positive number");
+  buffers_.push_back({std::move(name), rows, width, dtype});
   return static_cast<BufferId>(buffers_.size()) - 1;
 }
 
-int Program::add_node(std::string name, int layer, std::unique_ptr<Op> op, std::vector<BufferId> reads,
-                      std::vector<BufferId> writes) {
-  PARTITA_CHECK(!sealed_, "program: node '", name, "' was added after seal()");
-  for (const auto& list : {reads, writes})
+int Program::add_node(Node node) {
+  PARTITA_CHECK(!sealed_, "program: node '", node.name, "' was added after seal()");
+  PARTITA_CHECK((node.gpu_op != nullptr) == (gpu_ != nullptr), "node '", node.name, "': got an op of the ",
+                gpu_ ? "CPU, the program is a GPU's" : "GPU, the program is the CPU's");
+  for (const auto& list : {node.reads, node.writes})
     for (BufferId buffer : list)
-      PARTITA_CHECK(buffer >= 0 && buffer < static_cast<BufferId>(buffers_.size()), "node '", name, "': got buffer ",
-                    buffer, ", wanted 0 to ", static_cast<int>(buffers_.size()) - 1);
-  nodes_.push_back({std::move(name), layer, std::move(op), std::move(reads), std::move(writes), {}});
+      PARTITA_CHECK(buffer >= 0 && buffer < static_cast<BufferId>(buffers_.size()), "node '", node.name,
+                    "': got buffer ", buffer, ", wanted 0 to ", static_cast<int>(buffers_.size()) - 1);
+  nodes_.push_back(std::move(node));
   return num_nodes() - 1;
 }
 
-int Program::add_attention_plan(int group, int num_q_heads) {
+int Program::add_node(std::string name, int layer, std::unique_ptr<CpuOp> op, std::vector<BufferId> reads,
+                      std::vector<BufferId> writes) {
+  const CpuOp* cpu_op = op.get();
+  return add_node({std::move(name), layer, std::move(op), cpu_op, nullptr, std::move(reads), std::move(writes), {}});
+}
+
+int Program::add_node(std::string name, int layer, std::unique_ptr<GpuOp> op, std::vector<BufferId> reads,
+                      std::vector<BufferId> writes) {
+  const GpuOp* gpu_op = op.get();
+  return add_node({std::move(name), layer, std::move(op), nullptr, gpu_op, std::move(reads), std::move(writes), {}});
+}
+
+int Program::add_attention_plan(const ProgramAttention& wanted) {
   for (size_t i = 0; i < attention_plans_.size(); ++i)
-    if (attention_plans_[i].group == group && attention_plans_[i].num_q_heads == num_q_heads)
+    if (attention_plans_[i].group == wanted.group && attention_plans_[i].num_q_heads == wanted.num_q_heads)
       return static_cast<int>(i);
-  attention_plans_.push_back({group, num_q_heads});
+  attention_plans_.push_back(wanted);
   return static_cast<int>(attention_plans_.size()) - 1;
 }
 

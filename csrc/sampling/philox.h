@@ -7,7 +7,7 @@
 
 namespace partita {
 
-inline std::array<uint32_t, 4> philox4x32_10(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+constexpr std::array<uint32_t, 4> philox4x32_10(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
   constexpr uint64_t kMultiplier0 = 0xd2511f53, kMultiplier1 = 0xcd9e8d57;
   constexpr uint32_t kKeyStep0 = 0x9e3779b9, kKeyStep1 = 0xbb67ae85;  // golden ratio, sqrt(3) - 1
   for (int round = 0; round < 10; ++round) {
@@ -21,8 +21,9 @@ inline std::array<uint32_t, 4> philox4x32_10(std::array<uint32_t, 4> counter, st
   return counter;
 }
 
-// The sampler's draw: uniform in [0, 1), 53 bits, a function of the request's seed and the token's position alone.
-inline double uniform_draw(uint64_t seed, uint64_t position) {
+// The sampler's draw, on every device: uniform in [0, 1), 53 bits, a function of the request's seed and the token's
+// position alone.
+constexpr double uniform_draw(uint64_t seed, uint64_t position) {
   const std::array<uint32_t, 4> words =
       philox4x32_10({static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), 0, 0},
                     {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});

@@ -1,6 +1,7 @@
 // The Gpu of the host execution. Streams run what is enqueued at once, on the calling thread; a stream that is being
 // captured keeps it instead, and a graph runs it in order. So the order of one stream is that of a real one, while
 // missing waits between streams do not show here.
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -20,6 +21,8 @@ constexpr size_t kAlignment = 256;
 // As much as anything here asks for; a small number of SMs makes plans split work as they would on a large chip.
 constexpr size_t kMemoryBytes = size_t{8} << 30;
 constexpr int kNumSms = 16;
+
+using Time = std::chrono::steady_clock::time_point;
 
 struct Stream {
   bool is_capturing = false;
@@ -101,13 +104,16 @@ class SimtGpu final : public Gpu {
   void destroy_stream(GpuStream stream) noexcept override { delete static_cast<Stream*>(stream); }
   void synchronize(GpuStream) override {}
 
-  GpuEvent create_event(bool) override { return new int(0); }
-  void destroy_event(GpuEvent event) noexcept override { delete static_cast<int*>(event); }
-  void record(GpuEvent, GpuStream) override {}
+  GpuEvent create_event(bool) override { return new Time(); }
+  void destroy_event(GpuEvent event) noexcept override { delete static_cast<Time*>(event); }
+  void record(GpuEvent event, GpuStream) override { *static_cast<Time*>(event) = std::chrono::steady_clock::now(); }
   bool is_done(GpuEvent) override { return true; }
   void wait(GpuEvent) override {}
   void stream_wait(GpuStream, GpuEvent) override {}
-  float elapsed_ms(GpuEvent, GpuEvent) override { return 0.0f; }  // the host's time says nothing of a GPU's
+  // The host's time, which orders what ran and says nothing of a GPU's.
+  float elapsed_ms(GpuEvent begin, GpuEvent end) override {
+    return std::chrono::duration<float, std::milli>(*static_cast<Time*>(end) - *static_cast<Time*>(begin)).count();
+  }
 
   void begin_capture(GpuStream handle) override {
     Stream& stream = *static_cast<Stream*>(handle);

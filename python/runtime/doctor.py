@@ -139,6 +139,18 @@ def describe_memory() -> dict[str, int | None]:
     }
 
 
+def describe_device_library(native: Any, world: str) -> dict[str, Any]:
+    """What a device library offers, and how its first device can be split."""
+    library = native.gpu_library(world)
+    note = None
+    if library["num_devices"]:
+        try:
+            note = native.open_gpu(world).partition_note
+        except RuntimeError as error:
+            library["reason"] = str(error)
+    return {**library, "partition_note": note}
+
+
 def measure_peaks(native: Any, num_threads: int, seconds: float) -> dict[str, float]:
     started_s = time.perf_counter()
     peaks = native.machine_peaks(num_threads, seconds)
@@ -179,6 +191,7 @@ def examine(num_threads: int = 0, seconds: float = 0.6) -> dict[str, Any]:
         "cpu": describe_cpu(_native),
         "memory": describe_memory(),
         "cuda": _native.cuda_status(),
+        "device_libraries": [describe_device_library(_native, world) for world in ("cuda", "simt")],
         "peaks": measure_peaks(_native, num_threads, seconds) if seconds > 0 else None,
         "kernels": choose_kernels(_native),
     }
@@ -227,6 +240,31 @@ def render_cuda(cuda: dict[str, Any]) -> Iterable[str]:
     yield from line("usable", "yes" if cuda["reason"] is None else f"no ({cuda['reason']})")
 
 
+def render_gpu(report: dict[str, Any]) -> Iterable[str]:
+    yield from render_cuda(report["cuda"])
+    for library in report["device_libraries"]:
+        yield from render_device_library(library)
+
+
+def render_device_library(library: dict[str, Any]) -> Iterable[str]:
+    """One device library: where its kernels can run, how many there are, how many passed on hardware."""
+    what = {"cuda": "--device cuda", "simt": "--device simt"}[library["world"]]
+    if library["reason"] is not None:
+        yield from line(what, f"no ({library['reason']})")
+    if not library["compiled"]:
+        return
+    num_kernels, num_verified = sum(library["kernels"].values()), sum(library["verified"].values())
+    families = ", ".join(f"{family} {count}" for family, count in sorted(library["kernels"].items()))
+    kernels = f"{num_kernels} kernels ({library['targets']}): {families}"
+    if library["world"] == "cuda":
+        kernels += f"; {num_verified} have passed their tests on hardware"
+    else:
+        kernels += "; the CUDA sources run by the host, for tests"
+    yield from line(what if library["reason"] is None else "", kernels)
+    if library["partition_note"]:
+        yield from line("partitions" if library["world"] == "cuda" else "", library["partition_note"])
+
+
 def render_peaks(peaks: dict[str, float]) -> Iterable[str]:
     yield from line("int8", f"{peaks['int8_gops']:8.0f} GOP/s")
     bf16 = peaks["bf16_gflops"]
@@ -265,7 +303,7 @@ def render(report: dict[str, Any], every_reason: bool = False) -> str:
     sections: list[tuple[str, Iterable[str]]] = [
         ("CPU", render_cpu(report["cpu"])),
         ("Memory", render_memory(report["memory"])),
-        ("GPU", render_cuda(report["cuda"])),
+        ("GPU", render_gpu(report)),
     ]
     if peaks := report["peaks"]:
         title = f"Peaks, measured on {peaks['num_threads']} threads in {peaks['measured_s']:.1f} s"

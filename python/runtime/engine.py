@@ -213,7 +213,7 @@ class Engine:
         )
         seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed % 2**64
         native = _native_sampling(sampling, seed, stop_ids)
-        native.check(self.config.vocab_size)
+        self._runner.check_sampling(native)
         request = Request(
             message.request_id, message.prompt_token_ids,
             max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 DEFAULT_MODEL = "smollm2"
-DEVICES = ("cpu",)
-ACTIVATIONS = ("int8", "bf16", "fp32")
+ACTIVATIONS = ("int8", "bf16", "fp16", "fp32")
 KV_CODECS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4", "int4-plain")
 PAGE_SIZES = (16, 32, 64, 128)
 
@@ -78,6 +77,16 @@ def parse_max_model_len(text: str | int | None) -> int | None:
     return value
 
 
+def parse_device(text: str) -> tuple[str, int]:
+    """``"cuda:1"`` -> ("cuda", 1); ``"cpu"`` -> ("cpu", 0). Raises ValueError for what names no device."""
+    match = re.fullmatch(r"(cuda|simt)(?::([0-9]{1,3}))?", str(text))
+    if text == "cpu" or match is None:
+        if text != "cpu":
+            raise ValueError(f"device must be cpu, cuda or simt, or one of several as cuda:1, got {text!r}")
+        return "cpu", 0
+    return match[1], int(match[2] or 0)
+
+
 @dataclass(slots=True)
 class EngineArgs:
     """The one description of an engine. ``check()`` normalises and raises ValueError naming the field."""
@@ -86,8 +95,10 @@ class EngineArgs:
     served_model_name: tuple[str, ...] = ()  # names that answer in the API; the first one is shown
     tokenizer: str | None = None  # folder or tokenizer.json; None: the model's own
     chat_template: str | None = None  # file or template text; None: the model's own
-    device: str = "cpu"
-    activations: str | None = None  # None: int8 where the weights are quantised, else bf16
+    device: str = "cpu"  # cpu, cuda or simt; cuda:1 is the second GPU
+    cuda_graphs: bool = True  # on a GPU, decode steps replay captured graphs
+    batch_invariant: bool = False  # on a GPU, a token's result never depends on what else is in its step
+    activations: str | None = None  # None: CPU int8 where the weights are quantised, else bf16; GPU bf16
     kv_dtype: str = "bf16"  # codec or k:v
     kv_memory: int | float | None = None  # bytes, or a share of free memory; None: the engine decides
     page_size: int = 64  # tokens
@@ -107,8 +118,8 @@ class EngineArgs:
         self.served_model_name = tuple(self.served_model_name or ())
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model must be a name or a path, got {self.model!r}")
-        if self.device not in DEVICES:
-            raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")
+        world, ordinal = parse_device(self.device)
+        self.device = f"{world}:{ordinal}" if ordinal else world
         if self.activations is not None and self.activations not in ACTIVATIONS:
             raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {self.activations!r}")
         self.kv_dtype = ":".join(dict.fromkeys(parse_kv_dtype(self.kv_dtype)))
@@ -161,7 +172,7 @@ class EngineArgs:
         group = parser.add_argument_group("precision")
         group.add_argument(
             "--activations", choices=ACTIVATIONS,
-            help="default: int8 where the weights are quantised, else bf16; fp32 is the exact mode",
+            help="default: on a CPU int8 where the weights are quantised, else bf16; on a GPU bf16; fp32 is the exact mode",
         )  # fmt: skip
         group.add_argument(
             "--kv-dtype", "--kv-cache-dtype", default="bf16", metavar="CODEC",
@@ -192,7 +203,19 @@ class EngineArgs:
         )
 
         group = parser.add_argument_group("machine")
-        group.add_argument("--device", choices=DEVICES, default="cpu")
+        group.add_argument(
+            "--device", default="cpu", metavar="cpu|cuda[:N]|simt",
+            help="where the model runs (default: cpu); simt executes the CUDA kernels on the host, for tests",
+        )  # fmt: skip
+        group.add_argument(
+            "--cuda-graphs", action=argparse.BooleanOptionalAction, default=True,
+            help="GPU: decode steps replay captured graphs (default: on)",
+        )  # fmt: skip
+        group.add_argument(
+            "--batch-invariant", action=argparse.BooleanOptionalAction, default=False,
+            help="GPU: a token's result never depends on what else is in its step, at a price (default: off; a CPU is "
+            "always so)",
+        )  # fmt: skip
         group.add_argument(
             "--threads", type=int, metavar="N", help="CPU threads (default: the cores this process may use)"
         )

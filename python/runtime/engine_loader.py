@@ -15,8 +15,6 @@ from typing import Any
 
 logger = logging.getLogger("partita.engine")
 
-# A chunk of 512 tokens keeps one step near a quarter of a second on two cores, and its activations in their L2.
-_DEFAULT_BATCHED_TOKENS = 512
 # Loading that takes longer than this shows a bar.
 _PROGRESS_AFTER_S = 1.0
 
@@ -31,7 +29,7 @@ class LoadedModel:
     packed: Any  # weights.PackedModel
     kv_plan: Any  # kv_plan.KvPlan
     program: Any  # _native.Program
-    threads: int
+    device: Any  # devices.CpuDevice or GpuDevice
 
 
 class _ProgressBar:
@@ -55,33 +53,65 @@ class _ProgressBar:
 
 def load_model(args, checkpoint=None) -> LoadedModel:
     """Opens, plans, packs and records. Raises ModelFileError or ValueError with what was wrong."""
-    from runtime import _native
-    from runtime.kv_plan import plan_kv
+    from runtime.devices import open_device
+    from runtime.kv_plan import kv_groups
     from runtime.loading.checkpoint import open_checkpoint
     from runtime.loading.model_source import resolve_model
     from runtime.models import record_model
     from runtime.recorder import Recorder
-    from runtime.weights import choose_activations, pack_model
+    from runtime.weights import pack_model
 
+    device = open_device(args)
     if checkpoint is None:
         checkpoint = open_checkpoint(resolve_model(args.model, offline=args.offline))
     config = checkpoint.config
-    threads = args.threads or _native.usable_cores()
-    activations = choose_activations(checkpoint, args.activations)
-    k_codec, v_codec = args.kv_codecs
-    kv_plan = plan_kv(
-        config, k_codec=k_codec, v_codec=v_codec, page_size=args.page_size, kv_memory=args.kv_memory,
-        max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs,
-        weight_bytes=sum(tensor.data.nbytes for tensor in checkpoint.tensors.values()),
-    )  # fmt: skip
-    packed = pack_model(
-        checkpoint, kv_plan.layers, activations, kv_plan.max_model_len, threads, _ProgressBar("packing weights")
+    activations = device.choose_activations(checkpoint, args.activations)
+    layouts, kv_layers = kv_groups(config, *args.kv_codecs, args.page_size)
+    # On the CPU the plan comes first: weights stay where the file is. On a GPU it comes last, when it is known to the
+    # byte what weights and frames leave.
+    kv_plan = _plan_on_cpu(args, checkpoint) if device.gpu is None else None
+    longest = kv_plan.max_model_len if kv_plan else args.max_model_len or config.max_position_embeddings
+    packed = pack_model(checkpoint, kv_layers, activations, longest, device, _ProgressBar("packing weights"))
+    recorder = Recorder(
+        device.new_program(), device.buffer_types(packed.matrices, activations), exact=activations == "fp32"
     )
-    recorder = Recorder(packed.prepared_row_bytes, exact=activations == "fp32")
     program = record_model(recorder, config, packed)
+    if kv_plan is None:
+        kv_plan = _plan_on_gpu(args, config, device, program, layouts, longest)
     # The matrices are packed: of the file only embedding rows are read from here on.
     checkpoint.release_pages()
-    return LoadedModel(args.shown_model_name(), config, checkpoint, packed, kv_plan, program, threads)
+    return LoadedModel(args.shown_model_name(), config, checkpoint, packed, kv_plan, program, device)
+
+
+def _plan_arguments(args) -> dict[str, Any]:
+    k_codec, v_codec = args.kv_codecs
+    return {
+        "k_codec": k_codec, "v_codec": v_codec, "page_size": args.page_size, "kv_memory": args.kv_memory,
+        "max_model_len": args.max_model_len, "max_num_seqs": args.max_num_seqs,
+    }  # fmt: skip
+
+
+def _plan_on_cpu(args, checkpoint):
+    from runtime.kv_plan import plan_kv
+
+    weight_bytes = sum(tensor.data.nbytes for tensor in checkpoint.tensors.values())
+    return plan_kv(checkpoint.config, weight_bytes=weight_bytes, **_plan_arguments(args))
+
+
+def _plan_on_gpu(args, config, device, program, layouts, longest: int):
+    """Pages for what is left of the device's memory beside the weights, which lie there already, and the frames."""
+    from runtime.kv_plan import plan_kv
+
+    max_tokens = _batched_tokens(args, device)
+    reserved = device.reserved_bytes(
+        program, layouts, max_num_seqs=args.max_num_seqs, max_tokens=max_tokens, max_model_len=longest
+    )
+    available = max(device.gpu.free_bytes - reserved, 0)
+    return plan_kv(config, available_bytes=available, share=device.kv_share, **_plan_arguments(args))
+
+
+def _batched_tokens(args, device) -> int:
+    return args.max_num_batched_tokens or max(device.batched_tokens, args.max_num_seqs)
 
 
 def start_engine(loaded: LoadedModel, args, on_deltas: Callable, trace=None):
@@ -93,7 +123,9 @@ def start_engine(loaded: LoadedModel, args, on_deltas: Callable, trace=None):
     from scheduler.scheduler import Scheduler
 
     kv_plan, config = loaded.kv_plan, loaded.config
-    max_num_batched_tokens = args.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS, args.max_num_seqs)
+    device = loaded.device
+    max_num_batched_tokens = _batched_tokens(args, device)
+    completions = _native.CompletionQueue()
     scheduler = Scheduler(
         SchedulerConfig(
             num_pages=kv_plan.num_pages, page_size=kv_plan.page_size, max_num_seqs=args.max_num_seqs,
@@ -103,24 +135,16 @@ def start_engine(loaded: LoadedModel, args, on_deltas: Callable, trace=None):
         )
     )  # fmt: skip
     runner = ModelRunner(
-        loaded.program, kv_plan, vocab_size=config.vocab_size, max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens, lane_cores=[_lane_cores(loaded.threads)],
-        completions=_native.CompletionQueue(), is_traced=trace is not None,
+        loaded.program, kv_plan, device, vocab_size=config.vocab_size, max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        lanes=[device.engine_lane(0, completions, args.max_num_seqs)], completions=completions,
+        is_traced=trace is not None,
     )  # fmt: skip
     engine_config = EngineConfig(
         loaded.name, kv_plan.max_model_len, config.vocab_size, frozenset(config.eos_token_ids), args.seed,
-        f"{_native.active_cpu_isa()}, {loaded.threads} threads, {loaded.packed.activations} activations, "
-        f"{loaded.packed.packed_bytes / 2**20:.0f} MiB of weights",
+        f"{device.describe(loaded.packed.activations)}, {loaded.packed.packed_bytes / 2**20:.0f} MiB of weights",
     )  # fmt: skip
     return Engine(engine_config, scheduler, runner, on_deltas, trace)
-
-
-def _lane_cores(threads: int) -> list[int]:
-    """The lane's cores: the first ones this process may use; with more threads than cores, cores repeat."""
-    from runtime import _native
-
-    cores = _native.usable_core_ids()
-    return [cores[index % len(cores)] for index in range(threads)]
 
 
 def load_engine(args, on_deltas: Callable):

@@ -98,19 +98,20 @@ _DEFAULT_POOL_BYTES = 256 << 20
 
 def plan_kv(
     config, *, k_codec: str, v_codec: str, page_size: int, kv_memory: int | float | None, max_model_len: int | None,
-    max_num_seqs: int, weight_bytes: int = 0, available_bytes: int | None = None,
+    max_num_seqs: int, weight_bytes: int = 0, available_bytes: int | None = None, share: float | None = None,
 ) -> KvPlan:  # fmt: skip
     """Pages that fit. Raises ValueError with what would fit when the wanted context does not.
 
     kv_memory: bytes, or a share (float) of the memory free now; None: enough for one whole context, or for
     ``max_num_seqs`` requests of 256 tokens as far as ``weight_bytes`` (or 256 MiB, whichever is more) holds them;
-    within half of the free memory.
+    within half of the free memory. ``share``: what to take of it instead, all of that share, as is the rule on a GPU,
+    whose memory is there for nothing else. ``available_bytes``: the free memory, where it is not the host's.
     """
     layouts, layers = kv_groups(config, k_codec, v_codec, page_size)
     page_bytes = max((layout.page_bytes() + 63) // 64 * 64 for layout in layouts)
     available = available_memory_bytes() if available_bytes is None else available_bytes
     if kv_memory is None:
-        budget = int(available * _DEFAULT_MEMORY_SHARE)
+        budget = int(available * (_DEFAULT_MEMORY_SHARE if share is None else share))
     elif isinstance(kv_memory, float):
         budget = int(available * kv_memory)
     else:
@@ -141,7 +142,7 @@ def plan_kv(
             f"are granted: {fitting_len} tokens would fit; or raise --kv-memory, or choose a smaller --kv-dtype"
         )
     num_pages = min(most_pages, max_num_seqs * pages_for(max_model_len))
-    if kv_memory is None:
+    if kv_memory is None and share is None:
         ordinary_pages = pages_for(max_num_seqs * _DEFAULT_REQUEST_TOKENS)
         ordinary_pages = min(ordinary_pages, max(_DEFAULT_POOL_BYTES, weight_bytes) // page_bytes)
         num_pages = min(num_pages, max(pages_for(max_model_len), ordinary_pages))

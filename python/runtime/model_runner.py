@@ -15,7 +15,7 @@ from runtime.messages import TokenLogprobs
 from scheduler.step import LanePlan, LaneResult
 
 # Frames rest in a ring: one running, one queued behind it, one whose results are being read.
-_FRAMES_PER_LANE = 3
+FRAMES_PER_LANE = 3
 
 
 @dataclass(slots=True)
@@ -31,26 +31,31 @@ class ModelRunner:
     """Owns the native state of an engine: KV arena, rows, frames, lanes."""
 
     def __init__(
-        self, program, kv_plan, *, vocab_size: int, max_num_seqs: int, max_num_batched_tokens: int,
-        lane_cores: list[list[int]], completions, is_traced: bool = False,
+        self, program, kv_plan, device, *, vocab_size: int, max_num_seqs: int, max_num_batched_tokens: int,
+        lanes: list, completions, is_traced: bool = False,
     ):  # fmt: skip
+        """``device``: of the program (runtime.devices). ``lanes``: its lanes, which report to ``completions``."""
         self.program = program
         self.kv_plan = kv_plan
         self.completions = completions
-        self.arena = _native.KvArena(list(kv_plan.groups), kv_plan.num_pages)
-        self.rows = _native.RowStore(
+        self.arena = device.kv_arena(kv_plan.groups, kv_plan.num_pages)
+        self.rows = device.row_store(
             max_num_seqs, kv_plan.max_model_len, kv_plan.num_groups, kv_plan.page_size, vocab_size
         )
-        self.lanes = [_native.Lane(index, cores, len(cores), completions) for index, cores in enumerate(lane_cores)]
+        self.lanes = lanes
         for lane in self.lanes:
             lane.set_tracing(is_traced)
         self._new_frame = lambda: _native.Frame(program, self.arena, self.rows, max_num_batched_tokens, max_num_seqs)
-        self._free_frames = [self._new_frame() for _ in range(_FRAMES_PER_LANE * len(self.lanes))]
+        self._free_frames = [self._new_frame() for _ in range(FRAMES_PER_LANE * len(self.lanes))]
         self._flights: dict[tuple[int, int], _Flight] = {}  # (lane, ticket) ->
 
     @property
     def num_in_flight(self) -> int:
         return len(self._flights)
+
+    def check_sampling(self, sampling) -> None:
+        """Raises ValueError for native sampling parameters that the device does not take."""
+        self.rows.check_sampling(sampling)
 
     def admit(self, row: int, token_ids, num_prompt_tokens: int, sampling) -> None:
         """Writes a row's known tokens and its native sampling parameters. Raises ValueError on a bad id or parameter."""

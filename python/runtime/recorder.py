@@ -9,42 +9,50 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from runtime import _native
-
-_FLOAT_BYTES = 4
+from runtime.devices import BufferTypes
 
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """fp32 rows [T or S, width] between nodes."""
+    """Rows [T or S, width] between nodes."""
 
     buffer_id: int
     width: int
     rows: str  # "token" | "logit_row"
+    dtype: str  # "float32"; on a GPU "bfloat16" or "float16" too
 
 
 class Recorder:
     """Records nodes in the order in which they are called; ``seal()`` ends it."""
 
-    def __init__(self, prepared_row_bytes: int, exact: bool):
-        """``prepared_row_bytes``: the widest input row that any packed weight reads. ``exact``: fp32 attention."""
-        self.program = _native.Program()
+    def __init__(self, program, types: BufferTypes, exact: bool):
+        """``program``: a new _native.Program; ``types``: of its device's buffers. ``exact``: fp32 attention."""
+        self.program = program
+        self._types = types
         self._exact = exact
         self._buffers: dict[str, Buffer] = {}
-        self._prepared = {
-            rows: self.program.add_buffer(f"prepared_{rows}", rows, (prepared_row_bytes + 63) // 64 * 64)
-            for rows in ("token", "logit_row")
-        }
+        # What linears convert their input rows into: the same memory for all of them.
+        self._prepared: dict[str, dict[str, int]] = {}
+        for rows in ("token", "logit_row"):
+            of_rows = {"prepared": program.add_buffer(f"prepared_{rows}", rows, types.prepared_width, types.prepared)}
+            if types.has_scales:
+                of_rows["scales"] = program.add_buffer(f"prepared_scales_{rows}", rows, 1, "float32")
+            if types.has_sums:
+                of_rows["sums"] = program.add_buffer(f"prepared_sums_{rows}", rows, 1, "int32")
+            self._prepared[rows] = of_rows
         self._layer = -1
 
-    def buffer(self, name: str, width: int, rows: str = "token") -> Buffer:
+    def buffer(self, name: str, width: int, rows: str = "token", dtype: str = "float32") -> Buffer:
         """The buffer of this name, made at first use. Layers share buffers: one lives only while it is read."""
         found = self._buffers.get(name)
         if found is None:
-            found = Buffer(self.program.add_buffer(name, rows, width * _FLOAT_BYTES), width, rows)
+            found = Buffer(self.program.add_buffer(name, rows, width, dtype), width, rows, dtype)
             self._buffers[name] = found
-        if (found.width, found.rows) != (width, rows):
-            raise ValueError(f"buffer {name!r}: got {rows} rows of {width}, it has {found.rows} rows of {found.width}")
+        if (found.width, found.rows, found.dtype) != (width, rows, dtype):
+            raise ValueError(
+                f"buffer {name!r}: got {rows} rows of {width} {dtype}, it has {found.rows} rows of {found.width} "
+                f"{found.dtype}"
+            )
         return found
 
     @contextmanager
@@ -64,7 +72,11 @@ class Recorder:
     def embedding(self, table, scale: float = 1.0) -> Buffer:
         """Token ids -> rows of the table, times ``scale``.  -> [T, H]"""
         hidden = self.buffer("hidden", table.in_features)
-        self.program.add_embedding("embedding", table, scale, hidden.buffer_id)
+        if self.program.gpu is None:
+            self.program.add_embedding("embedding", table, scale, hidden.buffer_id)
+        else:
+            token_ids = self.buffer("token_ids", 1, dtype="int32")
+            self.program.add_embedding("embedding", table, scale, hidden.buffer_id, token_ids.buffer_id)
         return hidden
 
     def linear(
@@ -73,13 +85,14 @@ class Recorder:
         """out = [rms_norm](x) @ W.T [+ bias].  [T, in] -> [T, out]
 
         ``norm``: fp32 weight of an RMS norm of x. ``gate`` ("silu", "gelu_tanh"): W is gate|up and
-        out = gate(x @ Wg.T) * (x @ Wu.T). ``add``: out += instead of out =.
+        out = gate(x @ Wg.T) * (x @ Wu.T). ``add``: out += instead of out =. Without ``out`` the rows are of the
+        device's inner type, those behind ``gather_logit_rows`` float32.
         """
         width = weights.out_features // 2 if gate else weights.out_features
-        out = out or self.buffer(name, width, x.rows)
+        out = out or self.buffer(name, width, x.rows, self._types.inner if x.rows == "token" else "float32")
         self.program.add_linear(
-            self._name(name), self._layer, weights, x.buffer_id, out.buffer_id, self._prepared[x.rows], x.rows,
-            norm, norm_eps, bias, add, gate,
+            self._name(name), self._layer, weights, input=x.buffer_id, output=out.buffer_id, rows=x.rows,
+            norm_weight=norm, norm_eps=norm_eps, bias=bias, add_to_output=add, gate=gate, **self._prepared[x.rows],
         )  # fmt: skip
         return out
 
@@ -105,7 +118,7 @@ class Recorder:
 
         ``kv_layer`` (a kv_plan.KvLayer) names the KV group and the layer's place in it.
         """
-        out = self.buffer("attended", num_q_heads * kv_layer.layout.head_dim)
+        out = self.buffer("attended", num_q_heads * kv_layer.layout.head_dim, dtype=self._types.inner)
         self.program.add_attention(
             self._name(name), self._layer, kv_layer.group, kv_layer.layer_in_group, kv_layer.layout, num_q_heads, rope,
             q_norm, k_norm, norm_eps, scale, soft_cap, self._exact, qkv.buffer_id, out.buffer_id,

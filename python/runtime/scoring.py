@@ -22,10 +22,10 @@ class Scorer:
         self._chunk_tokens = chunk_tokens
         self._program = loaded.program
         self._vocab_size = loaded.config.vocab_size
-        self._arena = _native.KvArena(list(kv_plan.groups), self._pages_per_group * self._num_groups)
-        self._rows = _native.RowStore(1, self._max_tokens, self._num_groups, self._page_size, self._vocab_size)
+        self._arena = loaded.device.kv_arena(kv_plan.groups, self._pages_per_group * self._num_groups)
+        self._rows = loaded.device.row_store(1, self._max_tokens, self._num_groups, self._page_size, self._vocab_size)
         self._completions = _native.CompletionQueue()
-        self._lane = _native.Lane(0, [], loaded.threads, self._completions)
+        self._lane = loaded.device.lane(0, self._completions)
         self._frame = _native.Frame(self._program, self._arena, self._rows, chunk_tokens, chunk_tokens)
 
     def _start(self, token_ids) -> None:

@@ -7,12 +7,10 @@ from typing import Any
 
 from runtime import _native
 
-_FLOAT_FORMATS = ("F32", "F16", "BF16")
-
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer. Norms and biases are fp32 vectors or None; matrices are _native.PackedLinear."""
+    """One decoder layer. Norms and biases are fp32 vectors or None; matrices _native.PackedLinear or GpuPackedLinear."""
 
     qkv: Any  # q|k|v rows, [(Hq + 2 Hkv) D, H]
     o: Any  # [H, Hq D]
@@ -46,24 +44,12 @@ class PackedModel:
         return [m for layer in self.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)] + [self.output]
 
     @property
-    def prepared_row_bytes(self) -> int:
-        return max(matrix.prepared_row_bytes for matrix in self.matrices)
-
-    @property
     def packed_bytes(self) -> int:
         return sum(matrix.packed_bytes for matrix in self.matrices)
 
 
-def choose_activations(checkpoint, wanted: str | None) -> str:
-    """int8 where the model's matrices are quantised, else bf16; an explicit choice wins."""
-    if wanted is not None:
-        return wanted
-    formats = {tensor.format for name, tensor in checkpoint.tensors.items() if name.endswith((".q", ".down"))}
-    return "bf16" if formats <= set(_FLOAT_FORMATS) else "int8"
-
-
-def pack_model(checkpoint, kv_layers, activations: str, max_model_len: int, threads: int, progress=None) -> PackedModel:
-    """Packs every matrix for this machine on ``threads`` threads; ``progress(done, total)`` is called per layer."""
+def pack_model(checkpoint, kv_layers, activations: str, max_model_len: int, device, progress=None) -> PackedModel:
+    """Packs every matrix for ``device`` (runtime.devices); ``progress(done, total)`` is called per layer."""
     import numpy as np
 
     from runtime.model_config import rope_inv_freq
@@ -75,8 +61,8 @@ def pack_model(checkpoint, kv_layers, activations: str, max_model_len: int, thre
         out_features, in_features = tensor.shape
         return _native.Weight(tensor.data, tensor.format, out_features, in_features, tensor.row_order)
 
-    def pack(*names: str):
-        return _native.pack_linear([weight(name) for name in names], activations, threads)
+    def pack(*names: str, is_gated: bool = False):
+        return device.pack([weight(name) for name in names], activations, is_gated)
 
     def vector(name: str):
         return np.ascontiguousarray(checkpoint.vector(name), dtype=np.float32) if name in checkpoint.tensors else None
@@ -90,7 +76,7 @@ def pack_model(checkpoint, kv_layers, activations: str, max_model_len: int, thre
     def rope(is_local: bool):
         if is_local not in ropes:
             inv_freq, attention_factor = rope_inv_freq(config, local=is_local)
-            ropes[is_local] = _native.RopeTableStorage(inv_freq, max_model_len, attention_factor)
+            ropes[is_local] = device.rope_table(inv_freq, max_model_len, attention_factor)
         return ropes[is_local]
 
     layers = []
@@ -100,7 +86,7 @@ def pack_model(checkpoint, kv_layers, activations: str, max_model_len: int, thre
             LayerWeights(
                 qkv=pack(p + "q", p + "k", p + "v"),
                 o=pack(p + "o"),
-                gate_up=pack(p + "gate", p + "up"),
+                gate_up=pack(p + "gate", p + "up", is_gated=True),
                 down=pack(p + "down"),
                 attn_norm=vector(p + "attn_norm"),
                 ffn_norm=vector(p + "ffn_norm"),

@@ -1,4 +1,7 @@
-"""Engines for tests: submit token ids, collect what comes back."""
+"""Engines for tests: submit token ids, collect what comes back.
+
+They run on the CPU, or on the device of ``pytest --device`` (cuda, simt) where a test names none.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,22 @@ from runtime.engine_args import EngineArgs
 from runtime.engine_loader import LoadedModel, load_model, start_engine
 from runtime.messages import Delta, Submit
 from runtime.sampling_params import SamplingParams
+
+_default_device = "cpu"
+
+
+def set_default_device(device: str) -> None:
+    """What engines run on whose test names no device."""
+    global _default_device
+    _default_device = device
+
+
+def engine_args(model, **args) -> EngineArgs:
+    """Checked arguments. On a GPU answers must not depend on the batch, or equal answers could not be asked for."""
+    args.setdefault("device", _default_device)
+    if args["device"] != "cpu":
+        args.setdefault("batch_invariant", True)
+    return EngineArgs(model=str(model), **args).check()
 
 
 @dataclass
@@ -75,8 +94,8 @@ class EngineUnderTest:
 @contextmanager
 def running_engine(model, *, loaded: LoadedModel | None = None, trace=None, **args):
     """``model``: path or alias; ``args``: EngineArgs. Checks at the end that every page and row came back."""
-    engine_args = EngineArgs(model=str(model), **args).check()
-    under_test = EngineUnderTest(loaded or load_model(engine_args), engine_args, trace)
+    checked = engine_args(model, **args)
+    under_test = EngineUnderTest(loaded or load_model(checked), checked, trace)
     try:
         yield under_test
         assert under_test.engine.wait_idle(60), "requests are left"
@@ -86,4 +105,4 @@ def running_engine(model, *, loaded: LoadedModel | None = None, trace=None, **ar
 
 
 def load(model, **args) -> LoadedModel:
-    return load_model(EngineArgs(model=str(model), **args).check())
+    return load_model(engine_args(model, **args))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from runtime import _native
+from runtime.devices import CpuDevice
 from runtime.tokenizer import Tokenizer
 from tests.kit.engines import load, running_engine
 from tests.kit.prompts import PROMPTS
@@ -116,7 +117,8 @@ def test_thread_counts_give_the_same_tokens():
 
     answers = []
     for threads in (1, 2, 3):
-        with running_engine("smollm2", loaded=replace(loaded, threads=threads), max_model_len=512) as engine:
+        on_threads = replace(loaded, device=CpuDevice(threads))
+        with running_engine("smollm2", loaded=on_threads, max_model_len=512) as engine:
             answers.append(engine.run(prompts, max_tokens=16))
     assert answers[0] == answers[1] == answers[2]
 

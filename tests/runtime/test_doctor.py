@@ -39,6 +39,24 @@ def test_json_says_what_the_machine_has(capsys):
     assert report["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
 
 
+def test_the_device_libraries_are_described(capsys):
+    report = json.loads(run(capsys, "--json", "--seconds", "0")[1])
+    by_world = {library["world"]: library for library in report["device_libraries"]}
+    assert set(by_world) == {"cuda", "simt"}
+    for world, library in by_world.items():
+        native = _native.gpu_library(world)
+        assert library["kernels"] == native["kernels"] and library["compiled"] == native["compiled"]
+        assert set(library["verified"]) == set(library["kernels"])
+        assert all(0 <= library["verified"][family] <= count for family, count in library["kernels"].items())
+        assert (library["reason"] is None) == (library["num_devices"] > 0)
+        assert (library["partition_note"] is not None) == (library["num_devices"] > 0)
+    text = "\n".join(doctor.render_gpu(report))
+    assert "--device cuda" in text and "--device simt" in text
+    if by_world["simt"]["compiled"]:
+        assert f"{sum(by_world['simt']['kernels'].values())} kernels" in " ".join(text.split())
+        assert "token_ids 1" in " ".join(text.split())
+
+
 def test_every_choice_of_a_kernel_has_its_reasons(capsys):
     report = json.loads(run(capsys, "--json", "--seconds", "0")[1])
     assert report["peaks"] is None

@@ -28,10 +28,12 @@ class Bench:
     def __init__(self, loaded, lanes=((0,),)):
         self.loaded, plan = loaded, loaded.kv_plan
         pages = plan.max_model_len // plan.page_size
-        self.arena = _native.KvArena(list(plan.groups), 4 * pages * plan.num_groups)
-        self.rows = _native.RowStore(4, plan.max_model_len, plan.num_groups, plan.page_size, loaded.config.vocab_size)
+        self.arena = loaded.device.kv_arena(plan.groups, 4 * pages * plan.num_groups)
+        self.rows = loaded.device.row_store(
+            4, plan.max_model_len, plan.num_groups, plan.page_size, loaded.config.vocab_size
+        )
         self.completions = _native.CompletionQueue()
-        self.lanes = [_native.Lane(i, list(cores), len(cores), self.completions) for i, cores in enumerate(lanes)]
+        self.lanes = [loaded.device.lane(i, self.completions, list(cores)) for i, cores in enumerate(lanes)]
         self.pages = pages
         self.groups = plan.num_groups
 

@@ -53,7 +53,7 @@ __device__ __forceinline__ float gated(float gate, float up, GateActivation acti
 
 // kNumItems: of a thread, kept in registers; 0: any number, computed again for each pass.
 template <int kNumItems, bool kIsExact>
-__global__ void __launch_bounds__(kMaxRowThreads) gated_activation_kernel(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(kMaxRowThreads, 1) gated_activation_kernel(const __grid_constant__ Params params) {
   const GatedActivationGpuParams& p = params.op;
   RowScratch& scratch = device::dynamic_shared<RowScratch>();
   const int64_t row_idx = blockIdx.x, width = p.width;

@@ -23,12 +23,15 @@ __all__ = [
     "KvGroupLayout",
     "RopeTable",
     "append",
+    "append_gpu",
     "attend",
+    "copy_pages",
     "decode_kv_rows",
     "decode_page_stream",
     "encode_kv_rows",
     "kv_group_layout",
     "rope_table",
+    "swap_pages",
 ]
 
 
@@ -127,6 +130,85 @@ def append(
         qkv, arena, cu_seqlens_q, context_starts, page_tables, layout, layer=layer, num_q_heads=num_q_heads, rope=rope,
         q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight, norm_eps=norm_eps, num_threads=num_threads,
     )  # fmt: skip
+
+
+def append_gpu(
+    qkv: Any,
+    arena: Any,
+    token_positions: Any,
+    token_requests: Any,
+    page_tables: Any,
+    layout: KvGroupLayout,
+    *,
+    num_q_heads: int,
+    layer: int = 0,
+    cos: Any = None,
+    sin: Any = None,
+    q_norm_weight: Any = None,
+    k_norm_weight: Any = None,
+    norm_eps: float = 1e-6,
+    exact: bool = False,
+    num_ctas: int = 0,
+    stream: int | None = None,
+) -> None:
+    """``append`` on a GPU, in one launch. Every array lies there; equal fp32 rows give the CPU's bytes.
+
+    Args:
+        qkv: [T, (Hq + 2 * Hkv) * D or more] float32, float16 or bfloat16; only the q part is overwritten.
+        arena: [num_pages, page_bytes] uint8, page_bytes a multiple of 16.
+        token_positions: [T] int32, absolute; -1 (padded), or past the rotary table: nothing is read or written.
+        token_requests: [T] int32, the row of ``page_tables`` that each token has.
+        page_tables: [R, max_pages] int32.
+        cos, sin: [num_positions, rotary_dim / 2] float32, or None: no rotation of positions.
+        q_norm_weight, k_norm_weight: [D] float32, RMS norm of each head before the rotation, or None.
+        exact: wants qkv in float32.
+        num_ctas: most thread blocks; 0: as many as there is work for.
+        stream: an address; None is the default stream.
+
+    Raises:
+        TypeError: an array of another dtype, or none on a GPU.
+        ValueError: shapes that do not fit. Page ids and positions lie on the device and are not checked.
+    """
+    _native.attention_append_gpu(
+        qkv, arena, token_positions, token_requests, page_tables, layout, layer=layer, num_q_heads=num_q_heads, cos=cos,
+        sin=sin, q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight, norm_eps=norm_eps, exact=exact,
+        num_ctas=num_ctas, stream=stream,
+    )  # fmt: skip
+
+
+def copy_pages(arena: Any, pairs: Any, *, num_pairs: Any = None, stream: int | None = None) -> None:
+    """Copies pages inside a GPU's arena, all pairs at once.
+
+    Args:
+        arena: [num_pages, page_bytes] uint8, page_bytes a multiple of 16.
+        pairs: [N, 2] int32 (source, target) on the device; a pair with -1 is skipped.
+        num_pairs: [1] int32 on the device: how many count; None: all.
+
+    Raises:
+        TypeError, ValueError: as above.
+    """
+    _native.copy_pages(arena, pairs, num_pairs, stream)
+
+
+def swap_pages(
+    arena: Any,
+    host_arena: Any,
+    device_page_ids: Sequence[int],
+    host_page_ids: Sequence[int],
+    *,
+    is_out: bool,
+    stream: int | None = None,
+) -> int:
+    """Moves pages between a GPU's arena and the host's, waits, and returns how many copies that took.
+
+    Args:
+        host_arena: [num_host_pages, page_bytes] uint8 in host memory.
+        is_out: from the GPU to the host; else back.
+
+    Raises:
+        TypeError, ValueError: as above.
+    """
+    return _native.swap_pages(arena, host_arena, list(device_page_ids), list(host_page_ids), is_out, stream)
 
 
 def attend(

@@ -55,3 +55,36 @@ def philox4x32_10(counter: Sequence[int], key: Sequence[int]) -> list[int]:
     Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; ten rounds.
     """
     return _native.philox4x32_10(counter, key)
+
+
+#: Sampling parameters of many rows on a GPU and the workspace of one lane. ``GpuSampler(gpu, num_rows, vocab_size,
+#: max_logit_rows, max_tokens, max_stop_token_ids=64, max_logit_biases=512)``; ``set_row(row, params,
+#: num_prompt_tokens)`` uploads one row's parameters and raises ValueError where they do not fit;
+#: ``sample(logits [S, V], logit_rows [S], num_tokens [S], tokens [num_rows, max], sampled [S], logprobs=None, ...)``
+#: samples every logit row whose row is not -1, as ``sample_token`` would, and writes the token into ``sampled`` and
+#: ``tokens``. All arrays lie on the GPU. See csrc/sampling/sampling_gpu.h.
+GpuSampler = _native.GpuSampler
+
+
+def score_gpu(
+    logits: Any, logit_rows: Any, num_tokens: Any, tokens: Any, scores: Any, stream: int | None = None
+) -> None:
+    """scores[s] = log softmax(logits[s])[tokens[logit_rows[s], num_tokens[s]]], on the GPU that holds the arrays.
+
+    Args:
+        logits: [S, V] float32.
+        logit_rows: [S] int32, the row of each; -1: its score stays as it is.
+        num_tokens: [S] int32, where in the row the scored token lies.
+        tokens: [num_rows, max_tokens] int32. NaN is the score where there is no id of the vocabulary.
+        scores: [S] float32, written.
+        stream: a stream's address; None is the GPU's default stream.
+
+    Raises:
+        TypeError, ValueError: an array of another dtype, shape or device.
+    """
+    _native.score_gpu(logits, logit_rows, num_tokens, tokens, scores, stream)
+
+
+def soft_cap_gpu(logits: Any, cap: float, stream: int | None = None) -> None:
+    """logits = cap * tanh(logits / cap) in place; logits: [S, V] float32 on a GPU, cap: positive."""
+    _native.soft_cap_gpu(logits, cap, stream)
