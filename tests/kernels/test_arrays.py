@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from runtime import _native
 from runtime.ops.embedding import embedding
 from runtime.ops.norm import rms_norm
 
@@ -197,13 +198,19 @@ class TestRefused:
                 rms_norm(np.zeros((2, 8), np.float32), ONES, out)
 
     def test_a_tensor_that_is_not_in_cpu_memory(self):
-        elsewhere = only(
-            None, __dlpack__=lambda self: pytest.fail("not to be asked"), __dlpack_device__=lambda self: (2, 0)
-        )
-        with pytest.raises(
-            ValueError, match=r"x: got an array on DLPack device type 2 \(CUDA\), wanted one in CPU memory"
-        ):
-            normed(elsewhere)
+        def elsewhere(device_type):
+            return only(
+                None,
+                __dlpack__=lambda self: pytest.fail("not to be asked"),
+                __dlpack_device__=lambda self: (device_type, 0),
+            )
+
+        with pytest.raises(ValueError, match=r"x: got an array on DLPack device type 10 \(ROCm\), wanted one in CPU"):
+            normed(elsewhere(10))
+        # runtime.ops sends what lies on a CUDA device to the GPU's half of an op; the CPU's half refuses it.
+        x = np.ones((2, 8), np.float32)
+        with pytest.raises(ValueError, match=r"x: got an array on DLPack device type 2 \(CUDA\), wanted one in CPU"):
+            _native.rms_norm(elsewhere(2), x[0].copy(), x, 1e-6, False, 1)
 
     def test_a_tensor_that_refuses_to_be_exported(self):
         with pytest.raises(ValueError, match=r"x: .*grad"):
