@@ -23,7 +23,6 @@ namespace {
 
 // Blocks that poll each other (a stream-K tile waits for another block's part) must be resident together, as on a GPU.
 constexpr size_t kMaxResidentBlocks = 256;
-constexpr std::chrono::seconds kPollingLimit{60};
 constexpr uint64_t kCanary = 0x7061727469746121u;
 
 std::atomic<uint64_t> g_num_launches{0}, g_num_threads{0}, g_num_checked{0}, g_num_reports{0};
@@ -36,6 +35,16 @@ bool has_polling(const Block& block) {
   for (uint32_t i = 0; i < block.num_warps; ++i)
     if (block.warps[i].polling != 0) return true;
   return false;
+}
+
+// How long all of a launch's blocks may poll; another OS thread's launch may be what they wait for.
+std::chrono::seconds polling_limit() {
+  static const std::chrono::seconds limit{[] {
+    const char* text = std::getenv("PARTITA_SIMT_POLL_SECONDS");
+    const long seconds = text ? std::strtol(text, nullptr, 10) : 0;
+    return seconds > 0 ? seconds : 60;
+  }()};
+  return limit;
 }
 
 uint64_t scramble(uint64_t x) {
@@ -341,7 +350,7 @@ void Executor::run(const LaunchRecord& record) {
     const auto now = std::chrono::steady_clock::now();
     if (has_ended)
       last_progress = now;
-    else if (now - last_progress > kPollingLimit) {
+    else if (now - last_progress > polling_limit()) {
       has_report = true;
       std::snprintf(report_text, sizeof report_text,
                     "simt: kernel %s: %zu blocks poll memory that nobody writes, among them block (%u, %u, %u)",
