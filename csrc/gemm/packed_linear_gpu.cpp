@@ -38,6 +38,7 @@ struct LayoutChoice {
   double score = 0;  // log of the predicted microseconds, over the numbers of tokens below
 };
 constexpr int64_t kScoredTokens[] = {1, 16, 128, 1024};
+constexpr double kOwnClassPenalty = 1e3;
 
 PackedWeightView shape_view(const CanonicalWeight& weight, const PackedLayout& layout, bool is_gate_interleaved,
                             int64_t out_features) {
@@ -281,7 +282,8 @@ class GpuLinear final : public GpuPackedLinear {
           "never ran anywhere while one that simt runs fits");
   }
 
-  // Batch invariance: all candidates of a layout sum an output alike. The class that costs least stays.
+  // Batch invariance: all candidates of a layout sum an output alike. The class that costs least stays; one kernel of
+  // an order of its own, good at one number of tokens only, is the last resort.
   void keep_one_class(std::vector<LayoutChoice>* choices, std::string* notes) const {
     for (LayoutChoice& choice : *choices) {
       LayoutChoice best;
@@ -292,7 +294,7 @@ class GpuLinear final : public GpuPackedLinear {
           if (candidate->accumulation == first->accumulation &&
               (first->accumulation != GemmKernel::kOwn || candidate == first))
             of_class.candidates.push_back(candidate);
-        of_class.score = score(of_class);
+        of_class.score = score(of_class) + (first->accumulation == GemmKernel::kOwn ? kOwnClassPenalty : 0);
         if (!best.layout || of_class.score < best.score) best = of_class;
       }
       for (const GemmKernel* candidate : choice.candidates)

@@ -199,6 +199,7 @@ class TileProduct {
     const int64_t first_row = static_cast<int64_t>(item_.channel_tile) * Config::kChannels;
     if (params_.num_splits == 1) {
       store_tile(first_row, [this](int token, int row) { return sum_of_warps(token, row); });
+      __syncthreads();  // the next work item's copies go over the sums
     } else {
       float* partial = partial_of(item_.split);
       for (int v = thread_; v < Config::kTokens * Config::kChannels / kVector; v += Config::kThreads) {
@@ -207,7 +208,7 @@ class TileProduct {
         *reinterpret_cast<SumVector<Sum>*>(partial + token * Config::kChannels + row) = sum;
       }
       __threadfence();
-      __syncthreads();
+      __syncthreads();  // counted only when all of it is there for other CTAs (simt runs one at a time)
       if (thread_ == 0) {
         const uint32_t arrived = atomicAdd(params_.counters + item_.tile, 1u);
         storage_.is_last = arrived + 1 == static_cast<uint32_t>(params_.num_splits);
@@ -219,7 +220,6 @@ class TileProduct {
         if (thread_ == 0) params_.counters[item_.tile] = 0;
       }
     }
-    __syncthreads();
   }
 
  private:
