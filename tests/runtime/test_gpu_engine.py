@@ -126,6 +126,19 @@ def test_answers_do_not_depend_on_batches_chunks_cached_pages_or_graphs(device, 
         assert lane.num_graphs == lane.num_graph_steps == 0
 
 
+def test_graphs_captured_at_start_give_the_same_answers(device, llama_path, fast):
+    prompts = [random_tokens(fast, count) for count in (3, 12)]
+    args = {"loaded": fast, "device": device, "max_model_len": 128, **FEW}
+    with running_engine(llama_path, **args) as engine:
+        expected = engine.run(prompts, max_tokens=5) + engine.run(prompts, max_tokens=5, temperature=1.0, seed=3)
+    with running_engine(llama_path, **args, capture_at_start=True) as engine:
+        (lane,) = engine.engine._runner.lanes
+        assert lane.num_graphs == 2 * len(_native.decode_buckets(4)) and lane.num_graph_steps == 0
+        answers = engine.run(prompts, max_tokens=5) + engine.run(prompts, max_tokens=5, temperature=1.0, seed=3)
+        assert answers == expected
+        assert lane.num_graphs == 2 * len(_native.decode_buckets(4)) and lane.num_graph_steps >= 8
+
+
 def test_answers_survive_preemption(device, llama_path, fast):
     prompts = [random_tokens(fast, count) for count in (50, 55, 60)]
     args = {"device": device, "max_model_len": 128, "max_num_batched_tokens": 64, "enable_prefix_caching": False}
