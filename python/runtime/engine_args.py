@@ -193,7 +193,12 @@ class EngineArgs:
             "--max-num-seqs", type=int, default=64, metavar="N", help="requests that run at once (default: 64)"
         )
         group.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="token budget of one step")
-        group.add_argument("--policy", default="default", metavar="NAME", help="scheduling preset (default: default)")
+        group.add_argument(
+            "--policy",
+            default="default",
+            metavar="NAME",
+            help="scheduling preset: default, fastgen or prefill-first (default: default)",
+        )
         group.add_argument(
             "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True,
             help="reuse the KV of shared prompt prefixes (default: on)",

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from scheduler.cost_model import CostModel
 from scheduler.machine import Machine
@@ -70,7 +71,10 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     group = parser.add_argument_group("disturbance")
     group.add_argument("--error", type=float, default=0.0, metavar="SIGMA", help="log-normal error of step times")
     group.add_argument(
-        "--contention", type=float, metavar="FACTOR", help="of the machine's contention term (default: 1)"
+        "--contention",
+        type=float,
+        metavar="FACTOR",
+        help="of the contention that is felt; policies go on predicting the file's",
     )
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("output")
@@ -86,16 +90,11 @@ class CommandRun:
     """What all runs of one command share."""
 
     def __init__(self, namespace: argparse.Namespace) -> None:
-        from dataclasses import replace
-
         self.namespace = namespace
         self.policies = [name for name in namespace.policy.split(",") if name]
         for name in self.policies:
             policy_named(name)
-        machine = Machine.load(namespace.machine)
-        if namespace.contention is not None:
-            machine = replace(machine, contention=namespace.contention)
-        self.machine = machine
+        machine = self.machine = Machine.load(namespace.machine)
         overrides = {}
         if namespace.weight_format:
             overrides["weight_format"] = namespace.weight_format
@@ -103,7 +102,9 @@ class CommandRun:
             k_codec, _, v_codec = namespace.kv_dtype.partition(":")
             overrides["kv_codecs"] = (k_codec, v_codec or k_codec)
         self.spec = setup.load_model(namespace.model or setup.default_model(machine), **overrides)
-        self.model = CostModel(self.spec, machine)
+        self.model = CostModel(self.spec, machine)  # what policies predict with
+        felt = machine if namespace.contention is None else replace(machine, contention=namespace.contention)
+        self.executor_model = CostModel(self.spec, felt)
         self.targets = setup.parse_targets(namespace.slo)
         if namespace.find_max_rate and self.targets == setup.parse_targets(None):
             raise ValueError("--find-max-rate needs --slo")
@@ -123,7 +124,7 @@ class CommandRun:
             policy=policy, max_num_seqs=namespace.max_num_seqs, max_model_len=namespace.max_model_len,
             max_num_batched_tokens=namespace.max_num_batched_tokens, lane_shares=shares, enable_prefix_caching=caching,
         )  # fmt: skip
-        costs = ModelCosts(self.model, error=namespace.error, seed=namespace.seed)
+        costs = ModelCosts(self.executor_model, error=namespace.error, seed=namespace.seed)
         simulation = Simulation(
             config, costs, requests, targets=self.targets, ends_by_stop=namespace.ends_by_stop,
             cost_model=self.model, observe=log.add if log is not None else None,
