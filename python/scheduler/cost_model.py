@@ -29,6 +29,7 @@ LEARNING_RATE = 0.05  # weight of the newest step in a correction
 SATURATED = 0.9  # of the best throughput
 _MAX_KNOWN_RATES = 1 << 15
 GUARD_QUANTILE, GUARD_RATE = 0.95, 0.02  # of actual / predicted, for promises; tracked in steps of this rate
+MAX_GUARD_RATIO = 2.0
 
 # Builds a named tuple from its fields in order, at half its constructor's price.
 make_tuple = tuple.__new__
@@ -108,9 +109,8 @@ class CostModel:
         self._groups = _grouped(self._nodes)
         self._corrections: dict[str, float] = {}
         self._guard_ratio = 1.0
-        self._known_rates: dict[
-            tuple, tuple[float, float, float]
-        ] = {}  # a run asks for the same few rows again and again
+        # A run asks for the same few (class, rows, rows, share) again and again.
+        self._known_rates: dict[tuple[str, float, int, float], tuple[float, float, float]] = {}
         self._saturating: dict[tuple[int, float], int] = {}
         self.window = spec.sliding_window
 
@@ -239,7 +239,8 @@ class CostModel:
         for node_class, part_s in parts.items():
             self._correct(node_class, ratio, LEARNING_RATE * part_s / cost.alone_s)
         is_above = ratio > self._guard_ratio
-        self._guard_ratio += GUARD_RATE * (GUARD_QUANTILE if is_above else GUARD_QUANTILE - 1.0)
+        guard_ratio = self._guard_ratio + GUARD_RATE * (GUARD_QUANTILE if is_above else GUARD_QUANTILE - 1.0)
+        self._guard_ratio = min(guard_ratio, MAX_GUARD_RATIO)
 
     def observe_class(self, node_class: str, predicted_s: float, measured_s: float) -> None:
         """Nodes of one class took measured_s where the model said predicted_s (node spans of a step trace)."""

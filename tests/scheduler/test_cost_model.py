@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from scheduler.cost_model import MAX_CORRECTION, CostModel
+from scheduler.cost_model import MAX_CORRECTION, MAX_GUARD_RATIO, CostModel
 from scheduler.machine import ClassRates, Machine, Saturation
 from scheduler.model_spec import ModelSpec
 from scheduler.step import ScheduledRequest
@@ -93,7 +93,7 @@ def test_refinement_finds_a_machine_that_is_slower_than_its_file_and_stays_bound
     assert 0.9 < model.guard_ratio < 1.3
     for _ in range(5000):
         model.observe(DECODES, 100.0)
-    assert max(model.corrections.values()) <= MAX_CORRECTION
+    assert max(model.corrections.values()) <= MAX_CORRECTION and model.guard_ratio <= MAX_GUARD_RATIO
     assert model.guarded_step_s(DECODES) >= model.step_s(DECODES)
 
 

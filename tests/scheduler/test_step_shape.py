@@ -35,3 +35,13 @@ def test_sums_equal_counting(window):
         assert (shape.decode_kv_tokens, shape.chunk_score_pairs, shape.chunk_kv_tokens) == counted(parts, 0)
         windowed = (shape.window_decode_kv_tokens, shape.window_chunk_score_pairs, shape.window_chunk_kv_tokens)
         assert windowed == counted(parts, window)
+
+
+@pytest.mark.parametrize("window", [0, 7])
+def test_one_more_chunk_is_added_as_if_it_had_been_there(window):
+    def shape(parts):
+        return shape_of([ScheduledRequest("", i, start, n, ((),), True) for i, (start, n) in enumerate(parts)], window)
+
+    parts = [(12, 1), (30, 1), (3, 9)]
+    for start, num_tokens in ((0, 2), (5, 30), (64, 16)):
+        assert shape(parts).plus_chunk(start, num_tokens, window) == shape([*parts, (start, num_tokens)])
