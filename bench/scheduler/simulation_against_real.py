@@ -30,6 +30,9 @@ from scheduler.machine import Machine
 from scheduler.simulator import ModelCosts, Report, Simulation, read_trace
 from scheduler.simulator.report import percentile
 from scheduler.simulator.traces import TraceRequest, at_rate, cut
+from scheduler.step import ScheduledRequest
+from scheduler.step_shape import shape_of
+from scheduler.step_trace import StepTrace
 
 
 class RealRun:
@@ -46,7 +49,8 @@ class RealRun:
         self._num_left = len(requests)
         self._done = threading.Event()
         self._vocab_size = loaded.config.vocab_size
-        self.engine = start_engine(loaded, args, self._on_deltas)
+        self.trace = StepTrace(loaded.program.node_names)
+        self.engine = start_engine(loaded, args, self._on_deltas, self.trace)
 
     def _on_deltas(self, deltas) -> None:
         now = time.monotonic()
@@ -88,6 +92,18 @@ class RealRun:
         duration_s = time.monotonic() - started_s
         self.engine.shutdown()
         return duration_s
+
+
+def step_ratios(trace: StepTrace, model: CostModel) -> list[float]:
+    """Predicted over measured time of every step that ran, in ascending order."""
+    ratios = []
+    for event in trace.events():
+        if event["cat"] != "step":
+            continue
+        # The trace does not say who sampled: decodes did, and of chunks nearly none.
+        parts = [ScheduledRequest(*part[:1], 0, *part[1:], (), part[2] == 1) for part in event["args"]["requests"]]
+        ratios.append(model.step_s(shape_of(parts, model.window)) / (event["dur"] / 1e6))
+    return sorted(ratios)
 
 
 def main() -> None:
@@ -137,7 +153,14 @@ def main() -> None:
 
     real_run = RealRun(loaded, args, requests)
     duration_s = real_run.run()
+    ratios = step_ratios(real_run.trace, model)
+    errors = sorted(abs(ratio - 1) for ratio in ratios)
+    print(
+        f"{len(ratios)} real steps: model / measured median {percentile(ratios, 50):.3f}, median error "
+        f"{percentile(errors, 50):.1%}, p95 {percentile(errors, 95):.1%}"
+    )
     lines = {"requests": len(requests), "rate": rate, "real_duration_s": duration_s, "machine": str(path)}
+    lines |= {"step_ratio_p50": percentile(ratios, 50), "step_error_p50": percentile(errors, 50)}
     for name in ("ttft", "tpot", "e2e"):
         measured = sorted(getattr(real_run, f"{name}_s"))
         for percent in (50, 90, 99):

@@ -66,8 +66,9 @@ def test_what_binds_beside_the_budget_is_the_number_of_requests():
         assert plan.num_tokens == 256 or len(plan.requests) == 4
 
 
-def test_steps_even_out_and_the_tail_between_tokens_falls_at_equal_throughput():
-    requests = renewal(9.0, 400, lengths=LONG_PROMPTS, seed=11)
+@pytest.mark.parametrize("cv", [1.0, 3.0])  # Poisson, and bursts
+def test_steps_even_out_and_the_tail_between_tokens_falls_at_equal_throughput(cv):
+    requests = renewal(9.0, 400, cv=cv, lengths=LONG_PROMPTS, seed=11)
 
     def run(policy: str):
         # The baseline takes whole prompts: its limit holds the longest; FastGen's is where the machine saturates.

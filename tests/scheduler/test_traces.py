@@ -78,6 +78,26 @@ def test_gaps_have_the_burstiness_asked_for(cv):
     assert {(r.num_prompt_tokens, r.num_output_tokens) for r in requests} == {(10, 1), (30, 3)}
 
 
+def test_drawn_lengths_have_the_quantiles_of_the_rows_they_are_drawn_from():
+    lengths = [(10 + 3 * i, 1 + i % 50) for i in range(500)]
+    requests = renewal(5.0, 40_000, cv=2.0, lengths=lengths, seed=2)
+    drawn, wanted = sorted(r.num_prompt_tokens for r in requests), sorted(p for p, _ in lengths)
+    for share in (0.1, 0.5, 0.9, 0.99):
+        assert drawn[int(share * len(drawn))] == pytest.approx(wanted[int(share * len(wanted))], rel=0.05)
+    joint = set(lengths)  # prompt and output stay together
+    assert all((r.num_prompt_tokens, r.num_output_tokens) in joint for r in requests)
+
+
+def test_a_slice_of_a_replay_keeps_count_sums_and_order(tmp_path):
+    path = tmp_path / "burst.csv"
+    rows = [(i // 3, f"s{i % 4}", 10 + i, 1 + i % 7) for i in range(300)]
+    header = "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+    path.write_text(header + "".join(f"{t},{s},0,m,{p},{o},{p + o},API log\n" for t, s, p, o in rows))
+    part = cut(read_trace(path), start_s=20.0, duration_s=30.0)
+    wanted = [row for row in rows if 20 <= row[0] < 50]
+    assert [(r.arrival_s + 20.0, r.user, r.num_prompt_tokens, r.num_output_tokens) for r in part] == wanted
+
+
 def test_drawn_traces_are_described_in_a_word():
     requests = parse_renewal("poisson:rate=4,num=200,input=64-1024,output=8", seed=3)
     assert len(requests) == 200 and mean_rate(requests) == pytest.approx(4.0, rel=0.2)
