@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import statistics
 from types import SimpleNamespace
@@ -158,6 +159,30 @@ def test_summary_follows_the_definitions():
     assert summary["request_goodput"] == pytest.approx(0.5)
     assert summary["output_throughput"] == pytest.approx(3.0)
     assert summary["total_token_throughput"] == pytest.approx(13.0)
+
+
+def test_serve_replays_a_trace_with_its_lengths_times_and_shared_blocks(server, tmp_path):
+    trace, path = tmp_path / "mooncake.jsonl", tmp_path / "out.json"
+    rows = [(0, 40, 3, [7, 1]), (60, 30, 2, [7, 2]), (200, 700, 5, [8, 9])]
+    lines = [
+        json.dumps({"timestamp": at, "input_length": n, "output_length": out, "hash_ids": ids})
+        for at, n, out, ids in rows
+    ]
+    trace.write_text("\n".join(lines) + "\n")
+    flags = (
+        f"--base-url {server.url} --dataset-name trace --dataset-path {trace} --trace-max-len 100 --num-warmups 0 "
+        f"--save-detailed --output-json {path}"
+    )
+    num_before = len(server.engine.submits)
+    assert serve.main(flags.split()) == 0
+    submits = sorted(server.engine.submits[num_before:], key=lambda submit: submit.arrival_s)
+    assert [(len(s.prompt_token_ids), s.sampling.max_tokens) for s in submits] == [(40, 3), (30, 2), (95, 5)]
+    assert submits[0].prompt_token_ids[:30] == submits[1].prompt_token_ids  # the same block
+    assert submits[2].prompt_token_ids[:30] != submits[1].prompt_token_ids
+    starts = json.loads(path.read_text())["start_times"]
+    assert starts[2] - starts[0] >= 0.19
+    assert serve.trace_times([5.0, 6.0, 9.0], math.inf) == [0.0, 1.0, 4.0]
+    assert serve.trace_times([5.0, 6.0, 9.0], 2.0) == [0.0, 0.25, 1.0]
 
 
 def test_serve_sends_targets_and_reports_what_was_kept(server, tmp_path, capsys):

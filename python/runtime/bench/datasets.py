@@ -1,4 +1,5 @@
-"""Where a benchmark's prompts come from: random tokens of a given length, or a file of prompts or conversations."""
+"""Where a benchmark's prompts come from: random tokens of a given length, a file of prompts or conversations, or a trace's
+lengths and times."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-DATASETS = ("random", "sharegpt", "custom")
+DATASETS = ("random", "sharegpt", "custom", "trace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class BenchPrompt:
     prompt: str | list[int]  # a text, or token ids
     num_prompt_tokens: int | None  # None where only the server can tell
     num_output_tokens: int
+    arrival_s: float | None = None  # of a trace; None: the load decides
 
 
 def add_dataset_arguments(
@@ -27,8 +29,14 @@ def add_dataset_arguments(
     group.add_argument("--dataset-name", choices=DATASETS, default="random", help="(default: random)")
     group.add_argument(
         "--dataset-path", "--dataset", metavar="FILE",
-        help='sharegpt: JSON as ShareGPT has it; custom: JSON lines with "prompt" and, if wanted, "output_tokens"',
+        help='sharegpt: JSON as ShareGPT has it; custom: JSON lines with "prompt" and, if wanted, "output_tokens"; '
+        "trace: what `partita simulate --trace` reads",
     )  # fmt: skip
+    group.add_argument("--trace-start", type=float, default=0.0, metavar="S", help="slice of a trace (default: 0)")
+    group.add_argument("--trace-duration", type=float, metavar="S", help="(default: to its end, or --num-prompts)")
+    group.add_argument(
+        "--trace-max-len", type=int, metavar="N", help="cut prompt + answer to N tokens, the answer to N / 4 at most"
+    )
     group.add_argument(
         "--random-input-len", "--input-len", type=int, default=input_len, metavar="N", help=f"(default: {input_len})"
     )
@@ -58,7 +66,9 @@ def check_dataset_arguments(namespace: argparse.Namespace) -> None:
     if namespace.random_prefix_len < 0:
         raise ValueError(f"--random-prefix-len must be at least 0, got {namespace.random_prefix_len}")
     if (namespace.dataset_name == "random") != (namespace.dataset_path is None):
-        raise ValueError("--dataset-path is for --dataset-name sharegpt or custom, and they need it")
+        raise ValueError("--dataset-path is for --dataset-name sharegpt, custom or trace, and they need it")
+    if namespace.trace_max_len is not None and namespace.trace_max_len < 8:
+        raise ValueError(f"--trace-max-len must be at least 8, got {namespace.trace_max_len}")
 
 
 def make_prompts(namespace: argparse.Namespace, token_ids: Callable[[], Sequence[int]], seed: int) -> list[BenchPrompt]:
@@ -66,6 +76,8 @@ def make_prompts(namespace: argparse.Namespace, token_ids: Callable[[], Sequence
     generator = random.Random(seed)
     if namespace.dataset_name == "random":
         return _random_prompts(namespace, list(token_ids()), generator)
+    if namespace.dataset_name == "trace":
+        return _trace_prompts(namespace, list(token_ids()), generator)
     read = _read_sharegpt if namespace.dataset_name == "sharegpt" else _read_custom
     found = read(namespace.dataset_path, namespace)
     if not found:
@@ -86,6 +98,28 @@ def _random_prompts(namespace, ids: list[int], generator: random.Random) -> list
     for _ in range(namespace.num_prompts):
         prompt = prefix + generator.choices(ids, k=draw(namespace.random_input_len))
         prompts.append(BenchPrompt(prompt, len(prompt), draw(output_len)))
+    return prompts
+
+
+def _trace_prompts(namespace, ids: list[int], generator: random.Random) -> list[BenchPrompt]:
+    """Random tokens of the trace's lengths at its times; blocks with equal hash ids hold equal tokens."""
+    from scheduler.simulator.setup import load_requests
+
+    requests = load_requests(
+        namespace.dataset_path, start_s=namespace.trace_start, duration_s=namespace.trace_duration,
+        num=namespace.num_prompts, seed=namespace.seed,
+    )  # fmt: skip
+    limit, prompts = namespace.trace_max_len, []
+    for request in requests:
+        num_prompt, num_output = request.num_prompt_tokens, request.num_output_tokens
+        if limit is not None:
+            num_output = min(num_output, limit // 4)
+            num_prompt = min(num_prompt, limit - num_output)
+        prompt: list[int] = []
+        for block in request.hash_ids:
+            prompt += random.Random(block).choices(ids, k=request.block_tokens)
+        prompt += generator.choices(ids, k=max(0, num_prompt - len(prompt)))
+        prompts.append(BenchPrompt(prompt[:num_prompt], num_prompt, num_output, request.arrival_s))
     return prompts
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -73,7 +73,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         type=float,
         default=math.inf,
         metavar="R",
-        help="requests per second (default: inf, all at once)",
+        help="requests per second (default: inf, all at once; a trace's own times)",
     )
     group.add_argument(
         "--burstiness", type=float, default=1.0, metavar="B",
@@ -118,6 +118,13 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     group.add_argument("--result-filename", metavar="FILE", help="(default: backend-rate-model-time.json)")
     group.add_argument("--output-json", metavar="FILE", help="the same as --save-result with this path")
     return parser
+
+
+def trace_times(arrivals_s: Sequence[float], rate: float) -> list[float]:
+    """A trace's own times from its first request on, stretched to `rate` per second where one is given."""
+    span_s = arrivals_s[-1] - arrivals_s[0]
+    factor = 1.0 if math.isinf(rate) or span_s <= 0 else (len(arrivals_s) - 1) / span_s / rate
+    return [(arrival_s - arrivals_s[0]) * factor for arrival_s in arrivals_s]
 
 
 def arrival_times(num_requests: int, rate: float, burstiness: float, generator: random.Random) -> list[float]:
@@ -203,7 +210,10 @@ class Load:
         namespace = self.namespace
         limit = asyncio.Semaphore(namespace.max_concurrency or len(prompts))
         generator = random.Random(namespace.seed)
-        times = arrival_times(len(prompts), namespace.request_rate, namespace.burstiness, generator)
+        if prompts[0].arrival_s is not None:
+            times = trace_times([prompt.arrival_s for prompt in prompts], namespace.request_rate)
+        else:
+            times = arrival_times(len(prompts), namespace.request_rate, namespace.burstiness, generator)
         started_s = time.perf_counter()
 
         async def one(prompt: BenchPrompt, when_s: float) -> RequestResult:
@@ -365,13 +375,12 @@ async def _random_token_ids(client: HttpClient, model: str) -> list[int]:
 
 
 async def _prompts(namespace: argparse.Namespace, client: HttpClient, model: str, is_chat: bool) -> list[BenchPrompt]:
-    ids = [] if namespace.dataset_name != "random" or is_chat else await _random_token_ids(client, model)
+    is_drawn = namespace.dataset_name in ("random", "trace")
+    ids = [] if not is_drawn or is_chat else await _random_token_ids(client, model)
     prompts = make_prompts(namespace, lambda: ids or range(len(_WORDS)), namespace.seed)
-    if namespace.dataset_name == "random" and not ids:  # about one token a word
-        return [
-            BenchPrompt(" ".join(_WORDS[i] for i in prompt.prompt), None, prompt.num_output_tokens)
-            for prompt in prompts
-        ]
+    if is_drawn and not ids:  # about one token a word
+        words = [" ".join(_WORDS[i] for i in prompt.prompt) for prompt in prompts]
+        return [replace(one, prompt=text, num_prompt_tokens=None) for one, text in zip(prompts, words, strict=True)]
     return prompts
 
 
