@@ -111,7 +111,7 @@ def calibrate(loaded, spec, *, num_runs: int = 9, seconds: float = 45.0, log=pri
         saturation = fit_saturation(times["compute"], times["memory"])
         rungs = tuple(sorted({share, 1.0 - share, 1.0}))
         draft = Machine("draft", "", classes["linear"].bytes_per_s, classes, saturation=saturation)
-        shared = _shared_rate(split, CostModel(spec, draft), decode, chunk, share, num_runs, log)
+        shared = _shared_rate(split, spec, draft, decode, chunk, share, num_runs, log)
     machine = Machine(
         name=f"{cpu_name()}, {len(whole)} threads",
         source=f"measured by partita calibrate on {time.strftime('%Y-%m-%d')}, {_native.active_cpu_isa()}",
@@ -134,13 +134,28 @@ def calibrate(loaded, spec, *, num_runs: int = 9, seconds: float = 45.0, log=pri
     return replace(machine, held_out_error=statistics.median(absolute)), absolute
 
 
-def _shared_rate(split, model, decode, chunk, share: float, num_runs: int, log) -> float:
-    """Bandwidth of all lanes together, from how much a decode step suffers beside another lane's prefill."""
-    demands = [model.step_cost(kind.shape(split.window), share).demand_bytes_per_s for kind in (decode, chunk)]
-    slow_down = split.slow_down(decode, chunk, num_runs)
-    log(f"two lanes a decode step beside a prefill takes {slow_down:.2f} times as long")
-    # StepCost.duration_s stretches memory time by (own + other demand) / shared.
-    return max(sum(demands) / max(slow_down, 1.0), max(demands))
+def _shared_rate(split, spec, machine, decode, chunk, share: float, num_runs: int, log) -> float:
+    """Bandwidth of all lanes together, from how much a decode step suffers beside another lane's prefill: where the cost
+    model's contention comes to the measured ratio. Not slowed at all: as much as both were seen to want at once."""
+    from scheduler.cost_model import CostModel
+
+    measured = split.slow_down(decode, chunk, num_runs)
+    log(f"two lanes a decode step beside a prefill takes {measured:.2f} times as long")
+    shapes = [kind.shape(split.window) for kind in (decode, chunk)]
+    costs = [CostModel(spec, machine).step_cost(shape, share) for shape in shapes]
+    own, other = costs[0].demand_bytes_per_s, costs[1].demand_bytes_per_s
+
+    def slow_down(shared: float) -> float:
+        model = CostModel(spec, replace(machine, shared_bytes_per_s=shared))
+        return model.step_cost(shapes[0], share).duration_s(other) / costs[0].alone_s
+
+    low, high = max(own, other), own + other
+    if measured <= 1.01:
+        return high
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slow_down(middle) > measured else (low, middle)
+    return high
 
 
 def _shown(kind) -> str:

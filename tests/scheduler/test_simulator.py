@@ -10,7 +10,7 @@ from scheduler import SchedulerConfig
 from scheduler.cost_model import CostModel
 from scheduler.machine import ClassRates, Machine
 from scheduler.model_spec import ModelSpec
-from scheduler.simulator import ModelCosts, Report, Simulation
+from scheduler.simulator import ModelCosts, Report, Simulation, setup
 from scheduler.simulator.capacity import find_max_rate
 from scheduler.simulator.lanes import FixedCost, VirtualLanes
 from scheduler.simulator.report import percentile
@@ -18,6 +18,7 @@ from scheduler.simulator.simulation import ServiceTargets
 from scheduler.simulator.step_log import StepLog
 from scheduler.simulator.traces import TraceRequest
 from scheduler.step import LanePlan
+from scheduler.step_shape import StepShape
 from tests.scheduler.fake_runner import CheckedScheduler
 
 SPEC = ModelSpec("small", 256, 4, 4, 2, 64, 512, 1000)
@@ -235,3 +236,72 @@ def test_a_step_log_is_the_engines_trace_format(tmp_path):
         assert shown == sorted(shown) and shown[0] == 1  # nothing was copied
         assert sum(node["dur"] for node in nodes) == pytest.approx(step["dur"])
         assert set(step) == {"name", "cat", "ph", "ts", "dur", "pid", "tid", "args"}
+
+
+def node_by_node(model: CostModel, shapes, shares) -> list[float]:
+    """When each of two steps ends, if every node contends with what the other lane runs at that very moment."""
+    shared = model.machine.shared_bytes_per_s
+    queues = []
+    for shape, share in zip(shapes, shares, strict=True):
+        nodes = []
+        for index in range(len(model.spec.nodes())):
+            cost = model.step_cost(shape, share, (index, index + 1))
+            nodes += [[1.0, segment] for segment in cost.segments]
+        queues.append(nodes)
+    now, ends = 0.0, [0.0, 0.0]
+    while any(queues):
+        heads = [queue[0] if queue else None for queue in queues]
+        demand = [head[1].num_bytes / head[1].duration_s if head else 0.0 for head in heads]
+        pace = []
+        for head in heads:
+            if head is not None:
+                excess = max(0.0, sum(demand) / shared - 1.0) if all(demand) else 0.0
+                segment = head[1]
+                busy_s = max(segment.compute_s, segment.memory_s * (1.0 + excess))
+                pace.append(1.0 / (segment.overhead_s + busy_s))
+            else:
+                pace.append(0.0)
+        step_s = min(head[0] / pace[lane] for lane, head in enumerate(heads) if head)
+        now += step_s
+        for lane, head in enumerate(heads):
+            if head is None:
+                continue
+            head[0] -= pace[lane] * step_s
+            if head[0] <= 1e-9:
+                queues[lane].pop(0)
+                if not queues[lane]:
+                    ends[lane] = now
+    return ends
+
+
+@pytest.mark.parametrize(
+    ("num_decodes", "context", "prompt"), [(64, 500, 512), (16, 4000, 2048), (128, 200, 256), (8, 100, 4096)]
+)
+def test_average_demand_stands_for_what_happens_node_by_node(num_decodes, context, prompt):
+    """Lanes take each other's demand as an average over a step; in truth one node meets one node, peaks and all."""
+    model = CostModel(setup.load_model("llama-3-8b"), Machine.load("h100-sxm"))
+    nothing = StepShape(0, 0, 0)
+    decode = StepShape(num_decodes, num_decodes, num_decodes, num_decodes, num_decodes * context)
+    decode = decode._replace(window_decode_kv_tokens=decode.decode_kv_tokens)
+    shapes, shares = (decode, nothing.plus_chunk(0, prompt)), (0.5, 0.5)
+    true_ends = node_by_node(model, shapes, shares)
+    costs = {
+        index: model.step_cost(shape, share) for index, (shape, share) in enumerate(zip(shapes, shares, strict=True))
+    }
+
+    class ByPlan:
+        def step_cost(self, plan, share):
+            return costs[plan.plan_id]
+
+        def result_delay_ns(self, plan):
+            return 0
+
+    lanes = VirtualLanes(2, ByPlan())
+    for index, share in enumerate(shares):
+        lanes.submit(plan(index, index, share), 0)
+    ends = ends_of(lanes)
+    overhead_s = model.machine.step_overhead_s
+    for index in range(2):
+        assert ends[index] - overhead_s == pytest.approx(true_ends[index], rel=0.05)
+    # And there is something to agree about: beside the prompt the decode step is slower than alone.
+    assert true_ends[0] > 1.02 * (costs[0].alone_s - overhead_s)
