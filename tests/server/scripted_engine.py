@@ -63,7 +63,7 @@ class ScriptedEngine:
             "num_requests_running": len(self._running), "num_requests_waiting": len(self._waiting),
             "kv_cache_usage": held,
             "num_preemptions": 0, "prefix_queries": 10, "prefix_hits": 4, "steps": self._num_steps,
-            "fatal": self.fatal,
+            "fatal": self.fatal, "goodput": {"num_good_tokens": 70, "num_ttft_targets": 5, "num_ttft_kept": 3},
         }  # fmt: skip
 
     def shutdown(self, drain_seconds: float = 0.0) -> None:

@@ -127,6 +127,9 @@ def test_metrics_add_up():
     assert samples["vllm:kv_cache_usage_perc"] == samples["vllm:gpu_cache_usage_perc"] == 0
     assert samples["vllm:prefix_cache_queries_total"] == 10
     assert samples["vllm:prefix_cache_hits_total"] == 4
+    assert samples["partita:good_tokens_total"] == 70
+    assert (samples["partita:ttft_targets_total"], samples["partita:ttft_targets_kept_total"]) == (5, 3)
+    assert samples["partita:deadlines_total"] == 0
     assert samples["vllm:num_preemptions_total"] == 0
     buckets = [samples[key] for key in samples if key.startswith("vllm:e2e_request_latency_seconds_bucket")]
     assert buckets == sorted(buckets)
