@@ -114,7 +114,7 @@ foreach(head_dim 64 128 256)
     string(TOLOWER "attend_decode_d${head_dim}_${k}_${v}" name)
     string(REPLACE "int4plain" "int4" name ${name})
     string(REPLACE "e4m3" "fp8" name ${name})
-    partita_instance(${name} attention/cuda/attend_decode.cu.in 20 NAME=${name} VERIFIED= HEAD_DIM=${head_dim} K=k${k}
+    partita_instance(${name} attention/cuda/attend_decode.cu.in 10 NAME=${name} VERIFIED= HEAD_DIM=${head_dim} K=k${k}
                      V=k${v})
   endforeach()
 endforeach()
@@ -127,7 +127,7 @@ foreach(head_dim 64 128 256)
     list(GET kind 1 codec)
     list(GET kind 2 converts)
     set(name attend_prefill_d${head_dim}_${label})
-    partita_instance(${name} attention/cuda/attend_prefill.cu.in 20 NAME=${name} VERIFIED= HEAD_DIM=${head_dim}
+    partita_instance(${name} attention/cuda/attend_prefill.cu.in 10 NAME=${name} VERIFIED= HEAD_DIM=${head_dim}
                      CODEC=k${codec} CONVERTS=${converts})
   endforeach()
 endforeach()

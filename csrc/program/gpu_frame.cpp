@@ -79,7 +79,9 @@ GpuRun GpuFrame::stage(std::shared_ptr<GpuFrameMemory> memory, int graph_rows, G
   const int num_groups = limits_.num_groups, page_size = limits_.page_size;
 
   // Plans first: the layout follows from how long their tables are. Padding is requests of one token, at no place.
-  std::vector<int32_t> cu_seqlens(cu_seqlens_q(), cu_seqlens_q() + num_requests() + 1);
+  // So is a whole step for which nothing was prepared.
+  std::vector<int32_t> cu_seqlens(1, 0);
+  if (num_requests() > 0) cu_seqlens.assign(cu_seqlens_q(), cu_seqlens_q() + num_requests() + 1);
   std::vector<int32_t> starts(context_starts(), context_starts() + num_requests());
   for (int64_t r = num_requests(); r < graph_rows; ++r) {
     cu_seqlens.push_back(cu_seqlens.back() + 1);

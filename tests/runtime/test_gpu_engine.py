@@ -13,7 +13,9 @@ import pytest
 from runtime import _native
 from runtime.scoring import Scorer
 from runtime.step_trace import StepTrace
+from runtime.tokenizer import Tokenizer
 from tests.kit.engines import load, running_engine
+from tests.kit.prompts import PROMPTS
 from tests.kit.tiny_models import FAMILIES, write_tiny_model
 
 TIE = 1e-4  # logits this near (relative to the largest) may go either way
@@ -98,6 +100,23 @@ def test_integer_pages_hold_what_the_cpu_would_write(device, llama_path, kv_dtyp
     assert relative_error(np.concatenate(values[device]), np.concatenate(values["cpu"])) < 0.02
 
 
+def test_the_default_model_in_exact_mode_equals_the_cpu(device):
+    """SmolLM2's real weights: on the host a prompt of a few tokens and two more, on a GPU some of each."""
+    args = {"activations": "fp32", "kv_dtype": "fp32", "max_model_len": 256, "max_num_seqs": 1}
+    on_cpu = load("smollm2", device="cpu", **args)
+    tokenizer = Tokenizer.from_checkpoint(on_cpu.checkpoint)
+    texts, num_tokens = (PROMPTS[:1], 2) if device == "simt" else (PROMPTS[:8], 32)
+    on_gpu = load("smollm2", device=device, max_num_batched_tokens=64, **args)
+    for text in texts:
+        prompt = tokenizer.encode(text)[: 4 if device == "simt" else None]
+        with running_engine("smollm2", loaded=on_gpu, device=device, max_num_batched_tokens=64, **args) as engine:
+            (answer,) = engine.run([prompt], max_tokens=num_tokens)
+        assert len(answer) == num_tokens
+        logits = Scorer(on_cpu).logits(prompt + answer)[len(prompt) - 1 : -1]
+        for token, row in zip(answer, logits, strict=True):
+            assert row[token] >= row.max() - TIE * np.abs(row).max(), "not the CPU's most likely token"
+
+
 # ---------------------------------------------------------------- the engine
 
 
@@ -124,6 +143,19 @@ def test_answers_do_not_depend_on_batches_chunks_cached_pages_or_graphs(device, 
         assert engine.run(prompts, max_tokens=6) == alone, "without graphs"
         (lane,) = engine.engine._runner.lanes
         assert lane.num_graphs == lane.num_graph_steps == 0
+
+
+def test_graphs_captured_at_start_give_the_same_answers(device, llama_path, fast):
+    prompts = [random_tokens(fast, count) for count in (3, 12)]
+    args = {"loaded": fast, "device": device, "max_model_len": 128, **FEW}
+    with running_engine(llama_path, **args) as engine:
+        expected = engine.run(prompts, max_tokens=5) + engine.run(prompts, max_tokens=5, temperature=1.0, seed=3)
+    with running_engine(llama_path, **args, capture_at_start=True) as engine:
+        (lane,) = engine.engine._runner.lanes
+        assert lane.num_graphs == 2 * len(_native.decode_buckets(4)) and lane.num_graph_steps == 0
+        answers = engine.run(prompts, max_tokens=5) + engine.run(prompts, max_tokens=5, temperature=1.0, seed=3)
+        assert answers == expected
+        assert lane.num_graphs == 2 * len(_native.decode_buckets(4)) and lane.num_graph_steps >= 8
 
 
 def test_answers_survive_preemption(device, llama_path, fast):
