@@ -100,6 +100,8 @@ class StoreTokens {
     using namespace cute;
     static_assert(is_static<Layout>::value && rank(Layout{}) == 3, "sums: ((token, half, eight), channels, tokens)");
     static_assert(size<0, 0>(Layout{}) == 2 && size<0, 1>(Layout{}) == 2, "the sums of a wgmma");
+    using Fragment = typename Mma::AtomLayoutC_TV;  // (lane, value) -> channel + 64 * token
+    static_assert(stride<1, 0>(Fragment{}) == 64 && stride<1, 1>(Fragment{}) == 8, "next token; eight channels on");
     const Tensor tile = make_identity_tensor(make_shape(size<0>(Block{}), size<1>(Block{})));
     // The place in the tile of each of this thread's sums. In one 16 x 8 piece a thread has channels r and r + 8 of two
     // neighbouring tokens: with gate and up rows interleaved by eight, an output's two sums.
