@@ -102,6 +102,7 @@ struct AttendNaiveKernel;
 // The kernels that serve a desc. decode and prefill are null where the naive kernel does.
 struct AttendSelection {
   const AttendDecodeKernel* decode = nullptr;
+  int decode_columns = 0;  // most query rows of a decode tile, 8 or 16: as shared memory allows
   const AttendPrefillKernel* prefill = nullptr;
   const AttendMergeKernel* merge = nullptr;
   const AttendNaiveKernel* naive = nullptr;
@@ -109,7 +110,7 @@ struct AttendSelection {
 };
 AttendSelection select_attend(const Gpu& gpu, const GpuAttentionDesc& desc);
 
-// The step's work, made once per step and group on the host and used by every layer. Reuses its memory between steps.
+// The step's work, made once per step and group on the host and used by every layer.
 class GpuAttentionPlan {
  public:
   GpuAttentionPlan(std::shared_ptr<Gpu> gpu, const GpuAttentionDesc& desc);

@@ -258,7 +258,7 @@ void GpuAttentionPlan::build(int num_requests, const int32_t* cu_seqlens_q, cons
   Builder builder{desc_, options, group, layout.num_kv_heads, {}, 0};
   Builder::Kind decode_kind, prefill_kind;
   const int prefill_tokens = std::max(1, selection_.prefill->tile_rows / group);
-  const int decode_tokens = kMaxDecodeColumns / group;
+  const int decode_tokens = selection_.decode ? selection_.decode_columns / group : 0;
   const bool may_decode = selection_.decode && !options.is_batch_invariant;
   int max_decode_rows = group;
   // Tiles of consecutive tokens, of one request or of several that share these positions.
@@ -377,7 +377,7 @@ PlanBounds plan_bounds(const Gpu& gpu, const GpuAttentionDesc& desc, const Atten
   const int64_t prefill_tokens = std::max<int64_t>(1, selection.prefill->tile_rows / group);
   int64_t decode_ctas = 0;
   if (selection.decode)
-    for (int num_columns : {8, 16})
+    for (int num_columns = 8; num_columns <= selection.decode_columns; num_columns += 8)
       decode_ctas =
           std::max<int64_t>(decode_ctas, max_decode_ctas(gpu, *selection.decode, num_columns, options.num_ctas));
   const int64_t prefill_ctas = max_prefill_ctas(gpu, *selection.prefill, options.num_ctas);

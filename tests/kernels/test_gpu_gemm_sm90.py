@@ -58,7 +58,7 @@ class Case:
             self.weight = native.CanonicalWeight("u4", codes, channels, inputs, group, scales, zeros)
         elif kind == "half":
             codes = (rng.standard_normal((channels, inputs)) * 0.05).astype(host_type)
-            self.weight = native.CanonicalWeight(activations, codes.view(np.uint16), channels, inputs)
+            self.weight = native.CanonicalWeight(activations, codes.view(np.uint8), channels, inputs)
         elif kind == "int8":
             codes = rng.integers(-128, 128, (channels, inputs), dtype=np.int8)
             scales = rng.uniform(0.001, 0.01, (channels, 1)).astype(np.float32)
