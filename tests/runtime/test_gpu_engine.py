@@ -31,7 +31,9 @@ def device(request) -> str:
 @pytest.fixture(scope="module")
 def llama_path(tmp_path_factory):
     # Heads of 64 and 4-bit weights: what the tuned kernels take.
-    return write_tiny_gguf("Q4_1", tmp_path_factory.mktemp("llama"), num_hidden_layers=2, head_dim=64)[0]
+    return write_tiny_gguf(
+        "Q4_1", tmp_path_factory.mktemp("llama"), num_hidden_layers=2, head_dim=64, max_position_embeddings=1024
+    )[0]
 
 
 @pytest.fixture(scope="module")
@@ -348,6 +350,27 @@ def test_input_embeddings_replace_the_lookup(fast):
     bench.lanes[0].submit(frame, 0, fast.program.num_nodes)
     bench.wait()
     np.testing.assert_array_equal(bench.logits(frame), expected)
+
+
+def test_replayed_graphs_of_padded_steps_compute_what_plain_steps_do(device, llama_path):
+    """Not batch invariant: the kernels for decoding, whose plans and grids follow from the bucket alone in a graph."""
+    loaded = load(llama_path, device=device, batch_invariant=False, max_model_len=128, **FEW)
+    bench, num_nodes = Bench(loaded), loaded.program.num_nodes
+    lane = loaded.device.engine_lane(1, bench.completions, 4)
+    lengths = (50, 3, 21)
+    for row, length in enumerate(lengths):
+        bench.admit(row, random_tokens(loaded, 64))
+        bench.run_whole((row, 0, length, 1))
+    for rows in ((0, 1, 2), (2, 1, 0), (1,), (0, 2, 1)):  # bucket 4 with a padded row, three times; bucket 1
+        step = [(row, lengths[row], 1, 1) for row in rows]
+        expected = bench.logits(bench.run_whole(*step), len(rows))
+        frame = bench.frame()
+        frame.prepare(array("i", [value for row in step for value in row]))
+        lane.submit(frame, 0, num_nodes)
+        assert bench.wait()[0]["error"] == ""
+        assert relative_error(bench.logits(frame, len(rows)), expected) < 0.01
+        assert len(frame.sampled_tokens()) == len(rows)
+    assert (lane.num_graphs, lane.num_graph_steps) == (2, 2)
 
 
 def test_two_lanes_on_two_parts_of_the_chip_work_at_once(fast):
