@@ -86,7 +86,11 @@ def test_the_table_of_environment_switches_is_complete():
 
 
 def test_the_table_of_build_options_is_complete():
-    files = [ROOT / "CMakeLists.txt", *sorted((ROOT / "csrc").glob("*.cmake")), ROOT / "csrc" / "simt" / "CMakeLists.txt"]
+    files = [
+        ROOT / "CMakeLists.txt",
+        *sorted((ROOT / "csrc").glob("*.cmake")),
+        ROOT / "csrc" / "simt" / "CMakeLists.txt",
+    ]
     text = "\n".join(path.read_text() for path in files)
     options = set(re.findall(r"^\s*option\((\w+)", text, re.MULTILINE))
     options |= set(re.findall(r"^\s*set\((\w+)[^)]*\bCACHE\b", text, re.MULTILINE))
