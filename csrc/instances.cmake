@@ -81,12 +81,14 @@ partita_wgmma(u4_channel_int8 "Nibbles" mma_u4_channel "1" 128 5)
 partita_wgmma(u4_two_level_int8 "TwoLevelNibbles" mma_u4_two_level "32 | 64 | 128" 128 5)
 
 # ---- gemm, sm_90a (CUTLASS; csrc/gemm/cuda/README_sm90.md says why these tiles)
-foreach(tokens 16 64 128 256)
+foreach(tokens 16 64 128)
   partita_instance(cutlass_w4a16_bf16_${tokens}_sm90 gemm/cuda/cutlass_w4a16_sm90.cu.in 33
                    TOKENS=${tokens} ACTIVATION=cutlass::bfloat16_t ACTIVATIONS=kBF16)
   partita_instance(cutlass_w4a16_f16_${tokens}_sm90 gemm/cuda/cutlass_w4a16_sm90.cu.in 33
                    TOKENS=${tokens} ACTIVATION=cutlass::half_t ACTIVATIONS=kF16)
 endforeach()
+partita_instance(cutlass_w4a16_bf16_256_sm90 gemm/cuda/cutlass_w4a16_sm90.cu.in 33
+                 TOKENS=256 ACTIVATION=cutlass::bfloat16_t ACTIVATIONS=kBF16)
 foreach(tokens 128 256)
   partita_instance(cutlass_bf16_${tokens}_sm90 gemm/cuda/cutlass_half_sm90.cu.in 22
                    TOKENS=${tokens} ELEMENT=cutlass::bfloat16_t ACTIVATIONS=kBF16 CODES=kBF16)
@@ -96,9 +98,7 @@ endforeach()
 foreach(tokens 16 64 128)
   partita_instance(cutlass_fp8_${tokens}_sm90 gemm/cuda/cutlass_fp8_sm90.cu.in 18 TOKENS=${tokens})
 endforeach()
-foreach(tokens 128 256)
-  partita_instance(cutlass_int8_${tokens}_sm90 gemm/cuda/cutlass_int8_sm90.cu.in 18 TOKENS=${tokens})
-endforeach()
+partita_instance(cutlass_int8_256_sm90 gemm/cuda/cutlass_int8_sm90.cu.in 18 TOKENS=256)
 foreach(tokens 64 128)
   partita_instance(cutlass_fp8_block_${tokens}_sm90 gemm/cuda/cutlass_fp8_block_sm90.cu.in 25 TOKENS=${tokens})
 endforeach()

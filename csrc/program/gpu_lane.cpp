@@ -9,6 +9,12 @@
 #include "core/check.h"
 
 namespace partita {
+namespace {
+
+// Of one node: about two launches. Not measured; a launch takes the host some microseconds on every machine.
+constexpr double kPlainLaunchSeconds = 5e-6;
+
+}  // namespace
 
 class GpuLaneExecution {
  public:
@@ -225,6 +231,9 @@ bool GpuLane::replay_graph(GpuLaneExecution& execution) {
   const int num_nodes = frame.program().num_nodes();
   if (execution.first != 0 || execution.last != num_nodes || options_.max_graph_rows == 0) return false;
   if (execution.is_traced) return false;  // a graph has no nodes to show
+  // What launching node by node takes longer than a graph; where reading shared pages once saves more, that is better.
+  const double plain_s = kPlainLaunchSeconds * num_nodes, bytes_per_s = gpu_->properties().memory_gb_per_second * 1e9;
+  if (bytes_per_s > 0 && frame.shared_prefix_bytes() > plain_s * bytes_per_s) return false;
   if (!frame.is_plain_decode() || frame.num_requests() > options_.max_graph_rows) return false;
   if (graph_program_ && graph_program_ != frame.shared_program()) return false;  // graphs are of one program
   prepare_graph_memory(frame);

@@ -107,6 +107,15 @@ def test_gated_epilogue(gpu):
     assert relative_error(run(x, gate="silu"), gate / (1 + np.exp(-gate)) * up) < 2e-2
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+def test_one_cta_does_every_tile(gpu, splits):
+    rng = np.random.default_rng(7)
+    weight = random_codes(rng, "u4", 200, 328, 64, "zero", "bf16")
+    run = Runner(gpu, packed(gpu, weight.native, "bf16", "gemm_wgmma_u4_bf16_t128_sm90", splits))
+    x = half_inputs(rng, 130, 328, "bf16")
+    np.testing.assert_array_equal(run(x, num_ctas=1), run(x))
+
+
 def test_every_wait_and_barrier_is_needed():
     """With any one of them switched off, some order of warps is reported or gives other sums."""
     gpu = native.open_gpu("simt")

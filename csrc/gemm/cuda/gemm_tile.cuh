@@ -385,9 +385,10 @@ class TileProduct {
 
     const int k = block_k * kPackedInputs + step_in_block * Config::kStepK;  // in the tile
     if constexpr (Config::kHasGroups) {
-      // group is a power of two: a new one begins at its multiples, and whatever the stage holds at its first step.
-      const int group_mask = (1 << group_shift_) - 1;
-      if (step == 0 || (k & group_mask) == 0 || Decoder::kMultipliesScale) {
+      // A group is a power of two: one begins at its multiples, and whatever the stage holds at its first step. Steps
+      // at which the smallest group cannot begin have no test.
+      const bool may_begin = step_in_block * Config::kStepK % Config::kSmallestGroup == 0;
+      if (step == 0 || (may_begin && (k & ((1 << group_shift_) - 1)) == 0)) {
         const int group = k >> group_shift_;
         const std::byte* entries = stage.parameters +
                                    (channel_block * groups_per_tile() + group) * (kPackedChannels * entry_bytes_) +

@@ -66,10 +66,10 @@ class WgmmaProduct : public TileProduct<Config> {
         for (int i = 0; i < 4; ++i) sums[b][n][i] = 0;
 
     const int num_k_tiles = item.end_k_tile - item.first_k_tile;
-    prepare_copies(item);
+    this->open_sources();
 #pragma unroll
     for (int s = 0; s < Config::kStages - 1; ++s) {
-      if (s < num_k_tiles) copy_tile(item.first_k_tile + s, s);
+      if (s < num_k_tiles) this->copy_stage(item.first_k_tile + s, this->storage_.buffers.stages[s]);
       device::cp_async_commit();  // also when empty: the waits count groups
     }
     device::cp_async_wait<Config::kStages - 2>();
@@ -92,98 +92,6 @@ class WgmmaProduct : public TileProduct<Config> {
     uint32_t registers[Config::kSteps][4];
   };
 
-  // What TileProduct::copy_stage copies, with all that does not change from K tile to K tile worked out once for a work
-  // item: there the addresses of a stage take some 570 instructions, which is more than the tensor cores' time for it.
-  static constexpr int kRowsAtOnce = Config::kThreads / Config::kRowChunks;
-  static constexpr int kBlockChunks = Config::kBlocksK * Config::kBlockBytes / kChunkBytes;  // of a channel block
-  static constexpr int kCodeCopies = Config::kBlocksChannels * kBlockChunks / Config::kThreads;
-  static constexpr int kBlocksAtOnce = Config::kThreads / kBlockChunks;  // channel blocks; 0: part of one
-  static_assert(kRowsAtOnce % 8 == 0 && Config::kBlocksChannels * kBlockChunks % Config::kThreads == 0);
-
-  __device__ __forceinline__ void prepare_copies(const WorkItem& item) {
-    const GemmKernelParams& params = this->params_;
-    const int thread = this->thread_;
-    // Activations: this thread's chunk of rows first_row + i * kRowsAtOnce, all of which have the same swizzle.
-    const int chunk = thread % Config::kRowChunks, first_row = thread / Config::kRowChunks;
-    const int first_token = item.token_tile * Config::kTokens + first_row;
-    const int64_t row_bytes = params.x_stride * Config::kElementBytes;
-    row_source_ = static_cast<const std::byte*>(params.x) + first_token * row_bytes + chunk * kChunkBytes;
-    row_step_ = kRowsAtOnce * row_bytes;
-    row_target_ = first_row * 128 + (chunk ^ (first_row % 8)) * kChunkBytes;
-    const int rows_left = params.num_tokens - first_token;
-    num_rows_ = rows_left <= 0 ? 0 : (rows_left + kRowsAtOnce - 1) / kRowsAtOnce;
-    input_bytes_ = static_cast<int>(params.weight.in_features * Config::kElementBytes) - chunk * kChunkBytes;
-
-    // Codes: chunk thread + i * kThreads of the tile's channel blocks.
-    const int64_t num_k_blocks = params.weight.padded_in_features / kPackedInputs;
-    const int num_channel_blocks = static_cast<int>(params.weight.padded_out_features / kPackedChannels);
-    const int first_block = item.channel_tile * Config::kBlocksChannels;
-    block_bytes_ = num_k_blocks * Config::kBlockBytes;
-    const int block = first_block + (kBlocksAtOnce > 0 ? thread / kBlockChunks : 0);
-    code_source_ = params.weight.codes + block * block_bytes_ + thread % kBlockChunks * kChunkBytes;
-    code_block_ = block;
-    num_blocks_ = num_channel_blocks;
-    num_code_chunks_ = static_cast<int>(block_bytes_ / kChunkBytes) - thread % kBlockChunks;
-
-    // Parameters: one chunk for each of the first threads. Everything about them is a power of two.
-    if constexpr (Config::kHasGroups) {
-      const int group_chunks = kPackedChannels * this->entry_bytes_ / kChunkBytes;
-      const int tile_chunks = this->groups_per_tile() * group_chunks;
-      const int own_block = thread / tile_chunks, own_chunk = thread % tile_chunks;
-      const bool exists = own_block < Config::kBlocksChannels && first_block + own_block < num_channel_blocks;
-      parameter_source_ =
-          params.weight.group_params +
-          (static_cast<int64_t>(first_block + own_block) * params.weight.num_groups * group_chunks + own_chunk) *
-              kChunkBytes;
-      copies_parameters_ = own_block < Config::kBlocksChannels;
-      num_groups_ = exists ? params.weight.num_groups - own_chunk / group_chunks : 0;
-    }
-  }
-
-  __device__ __forceinline__ void copy_tile(int k_tile, int stage_idx) {
-    auto& stage = this->storage_.buffers.stages[stage_idx];
-    const int k_bytes = k_tile * 128;
-    const int left = input_bytes_ - k_bytes;
-    const int bytes = left <= 0 ? 0 : left < kChunkBytes ? left : kChunkBytes;
-    const std::byte* source = row_source_ + k_bytes;
-#pragma unroll
-    for (int i = 0; i < Config::kTokens / kRowsAtOnce; ++i)
-      device::cp_async_16_zfill(stage.activations + row_target_ + i * (kRowsAtOnce * 128), source + i * row_step_,
-                                i < num_rows_ ? bytes : 0);
-
-    const int first_chunk = k_tile * kBlockChunks;
-    const std::byte* codes = code_source_ + static_cast<int64_t>(first_chunk) * kChunkBytes;
-#pragma unroll
-    for (int i = 0; i < kCodeCopies; ++i) {
-      // Whole channel blocks at once, or several copies for each.
-      const int block = kBlocksAtOnce > 0 ? i * kBlocksAtOnce : i * Config::kThreads / kBlockChunks;
-      const int chunk = kBlocksAtOnce > 0 ? 0 : i * Config::kThreads % kBlockChunks;
-      const bool exists = code_block_ + block < num_blocks_ && first_chunk + chunk < num_code_chunks_;
-      device::cp_async_16_zfill(stage.codes + (this->thread_ + i * Config::kThreads) * kChunkBytes,
-                                codes + block * block_bytes_ + chunk * kChunkBytes, exists ? kChunkBytes : 0);
-    }
-
-    if constexpr (Config::kHasGroups) {
-      if (copies_parameters_) {
-        const int group = k_tile * Config::kTileK >> this->group_shift_;
-        device::cp_async_16_zfill(
-            stage.parameters + this->thread_ * kChunkBytes,
-            parameter_source_ + static_cast<int64_t>(group) * kPackedChannels * this->entry_bytes_,
-            group < num_groups_ ? kChunkBytes : 0);
-      }
-    }
-  }
-
-  const std::byte* row_source_;
-  int64_t row_step_;
-  int row_target_, num_rows_, input_bytes_;
-  const std::byte* code_source_;
-  int64_t block_bytes_;
-  int code_block_, num_blocks_, num_code_chunks_;
-  const std::byte* parameter_source_;
-  int num_groups_;
-  bool copies_parameters_;
-
   __device__ __forceinline__ void multiply_tile(const WorkItem& item, int tile, int num_k_tiles, const Weights& now,
                                                 Weights& next, Sum (&sums)[Config::kTokenBlocks][16][4]) {
     const auto& stage = this->storage_.buffers.stages[tile % Config::kStages];
@@ -201,7 +109,8 @@ class WgmmaProduct : public TileProduct<Config> {
       device::fence_async_proxy();
       __syncthreads();
       const int ahead = tile + Config::kStages - 1;
-      if (ahead < num_k_tiles) copy_tile(item.first_k_tile + ahead, ahead % Config::kStages);
+      if (ahead < num_k_tiles)
+        this->copy_stage(item.first_k_tile + ahead, this->storage_.buffers.stages[ahead % Config::kStages]);
       device::cp_async_commit();
       decode_tile(tile + 1, next);
     }
