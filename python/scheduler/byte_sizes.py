@@ -18,7 +18,7 @@ _SUPER_BYTES = {"Q4_K": 64, "Q6_K": 32}  # second-level parameters of a tile, pe
 
 # bits of a KV value, and whether each (token, head) carries a scale and a min
 _KV_CODECS: dict[str, tuple[int, bool]] = {
-    "fp32": (32, False), "bf16": (16, False), "fp16": (16, False), "int8": (8, True), "int4": (4, True),
+    "fp32": (32, False), "bf16": (16, False), "fp16": (16, False), "fp8": (8, False), "int8": (8, True), "int4": (4, True),
     "int4-plain": (4, True),
 }  # fmt: skip
 

@@ -9,7 +9,8 @@ import pytest
 
 from runtime import _native
 from runtime.describe_model import spec_of
-from scheduler.byte_sizes import packed_bytes, stored_row_bytes
+from runtime.engine_args import KV_CODECS
+from scheduler.byte_sizes import kv_layer_page_bytes, packed_bytes, stored_row_bytes
 from scheduler.model_spec import ModelSpec
 from scheduler.step import ScheduledRequest
 from scheduler.step_shape import StepShape, shape_of
@@ -76,6 +77,17 @@ def test_every_weight_format_has_its_packed_size(weight_format, out_features):
     data = np.zeros(int(stored_row_bytes(weight_format, in_features)) * out_features, dtype=np.uint8)
     packed = _native.pack_linear([_native.Weight(data, weight_format, out_features, in_features)], "fp32", 1)
     assert packed.packed_bytes == packed_bytes(weight_format, out_features, in_features)
+
+
+@pytest.mark.parametrize("codec", KV_CODECS)
+@pytest.mark.parametrize(("num_kv_heads", "head_dim", "page_size"), [(3, 64, 64), (1, 256, 16), (5, 72, 32)])
+def test_every_kv_codec_has_its_page_size(codec, num_kv_heads, head_dim, page_size):
+    for codecs in ((codec, codec), (codec, "int4"), ("fp32", codec)):
+        layout = _native.KvGroupLayout(
+            num_layers=2, num_kv_heads=num_kv_heads, head_dim=head_dim, page_size=page_size,
+            kv_dtype=":".join(codecs), window=0,
+        )  # fmt: skip
+        assert 2 * kv_layer_page_bytes(codecs, num_kv_heads, head_dim, page_size) == layout.page_bytes()
 
 
 def test_nodes_equal_the_recorded_program_of_smollm2():
