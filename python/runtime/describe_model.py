@@ -11,13 +11,13 @@ _PARTS = ("q", "k", "v", "o", "gate", "up", "down")
 
 def model_spec(
     name: str, config: ModelConfig, tensor_formats: dict[str, str], *, activations: str, kv_codecs: tuple[str, str],
-    page_size: int,
+    page_size: int, is_gpu: bool = False,
 ) -> ModelSpec:  # fmt: skip
-    """tensor_formats: canonical tensor name -> format, as the checkpoint has them. With bf16 activations every matrix is
-    packed as BF16."""
+    """tensor_formats: canonical tensor name -> format, as the checkpoint has them. On the CPU bf16 activations have every
+    matrix packed as BF16."""
 
     def packed_format(tensor: str) -> str:
-        return "BF16" if activations == "bf16" else tensor_formats[tensor]
+        return "BF16" if activations == "bf16" and not is_gpu else tensor_formats[tensor]
 
     layer_formats = {
         (layer, part): packed_format(f"layers.{layer}.{part}") for layer in range(config.num_layers) for part in _PARTS
@@ -43,6 +43,8 @@ def model_spec(
         layer_formats=layer_formats,
         kv_codecs=kv_codecs,
         page_size=page_size,
+        device="gpu" if is_gpu else "cpu",
+        inner_bytes=2 if is_gpu and activations != "fp32" else 4,
         max_position_embeddings=config.max_position_embeddings,
     )
 
@@ -52,5 +54,5 @@ def spec_of(loaded, kv_codecs: tuple[str, str]) -> ModelSpec:
     formats = {name: tensor.format for name, tensor in loaded.checkpoint.tensors.items()}
     return model_spec(
         loaded.name, loaded.config, formats, activations=loaded.packed.activations, kv_codecs=kv_codecs,
-        page_size=loaded.kv_plan.page_size,
+        page_size=loaded.kv_plan.page_size, is_gpu=loaded.device.gpu is not None,
     )  # fmt: skip

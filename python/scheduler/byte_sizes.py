@@ -53,6 +53,19 @@ def packed_bytes(weight_format: str, out_features: int, in_features: int) -> int
     return num_tiles * tile_bytes
 
 
+def gpu_packed_bytes(weight_format: str, out_features: int, in_features: int) -> int:
+    """The same for a GPU's 16-bit matmuls: tiles of a CPU's size, but floats in 16 bits over whole blocks of 64 inputs, and
+    the K formats with their second-level parameters multiplied out (5 and 9 bits a weight)."""
+    num_groups = -(-in_features // GROUP_VALUES)
+    num_tiles = -(-out_features // TILE_ROWS)
+    if weight_format == "Q6_K":
+        return num_tiles * _whole_lines(num_groups * (512 + 64))
+    same_size = {"F32": "BF16", "F16": "BF16", "Q4_K": "Q4_1"}.get(weight_format, weight_format)
+    if _BLOCKS[check_weight_format(same_size)][0] == 1:
+        in_features = -(-in_features // 64) * 64
+    return packed_bytes(same_size, out_features, in_features)
+
+
 def kv_layer_page_bytes(codecs: tuple[str, str], num_kv_heads: int, head_dim: int, page_size: int) -> int:
     """Bytes of one layer's part of a page: the K stream, then the V stream."""
     total = 0

@@ -14,11 +14,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from scheduler.byte_sizes import check_weight_format, kv_layer_page_bytes, packed_bytes, stored_row_bytes
+from scheduler.byte_sizes import (
+    check_weight_format,
+    gpu_packed_bytes,
+    kv_layer_page_bytes,
+    packed_bytes,
+    stored_row_bytes,
+)
 from scheduler.step_shape import StepShape
 
-# As csrc/program/node_linear.cpp: so many operations fit in the time of one byte; a linear below it waits for memory.
-OPERATIONS_PER_BYTE = 28.0
+# So many operations fit in the time of one byte; a linear below it waits for memory (csrc/program/node_linear.cpp and
+# csrc/program/node_linear_gpu.cpp).
+OPERATIONS_PER_BYTE = {"cpu": 28.0, "gpu": 200.0}
+RESIDUAL_BYTES = 4  # of a value of the residual stream and of the logits, on every device
 
 
 class NodeSpec(NamedTuple):
@@ -36,6 +44,7 @@ class NodeSpec(NamedTuple):
     operations_per_pair: float = 0  # attention: a query row over one KV token
     bytes_per_kv_token: float = 0
     is_windowed: bool = False
+    operations_per_byte: float = 0  # of the device: where a linear's class changes
 
     def num_rows(self, shape: StepShape) -> int:
         return shape.num_tokens if self.rows == "token" else shape.num_logit_rows
@@ -67,7 +76,7 @@ class NodeSpec(NamedTuple):
 
     def resource_class(self, shape: StepShape) -> str:
         if self.kind == "linear":
-            return "memory" if self.operations(shape) < OPERATIONS_PER_BYTE * self.bytes(shape) else "compute"
+            return "memory" if self.operations(shape) < self.operations_per_byte * self.bytes(shape) else "compute"
         if self.kind == "attention":
             return "compute" if shape.num_tokens > 2 * shape.num_requests else "memory"
         return "memory"
@@ -96,7 +105,8 @@ class ModelSpec:
     layer_formats: Mapping[tuple[int, str], str] = field(default_factory=dict)
     kv_codecs: tuple[str, str] = ("bf16", "bf16")
     page_size: int = 64
-    activation_bytes: int = 4  # of a value between nodes: fp32 on the CPU
+    device: str = "cpu"  # "cpu" | "gpu": how matrices are packed and what a node writes
+    inner_bytes: int = 4  # of a value that nodes hand each other, but for the residual stream and the logits: fp32
     max_position_embeddings: int = 8192
 
     def __post_init__(self) -> None:
@@ -104,6 +114,10 @@ class ModelSpec:
             if getattr(self, name) < 1:
                 raise ValueError(f"ModelSpec.{name}: got {getattr(self, name)}, wanted at least 1")
         check_weight_format(self.weight_format)
+        if self.device not in ("cpu", "gpu") or self.inner_bytes not in (2, 4):
+            raise ValueError(
+                f"ModelSpec: got device {self.device!r}, inner_bytes {self.inner_bytes}, wanted cpu or gpu, 2 or 4"
+            )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> ModelSpec:
@@ -165,57 +179,63 @@ class ModelSpec:
     # Nodes
 
     def _packed(self, layer: int, parts: tuple[tuple[str, int], ...], in_features: int) -> int:
+        size = gpu_packed_bytes if self.device == "gpu" and self.inner_bytes == 2 else packed_bytes
         formats = self.layer_formats
-        return sum(
-            packed_bytes(formats.get((layer, part), self.weight_format), rows, in_features) for part, rows in parts
-        )
+        return sum(size(formats.get((layer, part), self.weight_format), rows, in_features) for part, rows in parts)
 
-    def _linear(self, name: str, layer: int, parts: tuple[tuple[str, int], ...], in_features: int) -> NodeSpec:
+    def _packed_output(self, weight_format: str) -> int:
+        size = gpu_packed_bytes if self.device == "gpu" and self.inner_bytes == 2 else packed_bytes
+        return size(weight_format, self.vocab_size, self.hidden_size)
+
+    def _linear(
+        self, name: str, layer: int, parts: tuple[tuple[str, int], ...], in_features: int, row_bytes: int
+    ) -> NodeSpec:
+        """row_bytes: read and written per row."""
         out_features = sum(rows for _, rows in parts)
         return NodeSpec(
             name, layer, "linear", "token",
             operations_per_row=2.0 * in_features * out_features,
-            bytes_per_row=float(self.activation_bytes * (in_features + out_features)),
+            bytes_per_row=float(row_bytes),
             fixed_bytes=float(self._packed(layer, parts, in_features)),
+            operations_per_byte=OPERATIONS_PER_BYTE[self.device],
         )  # fmt: skip
 
     def _layer_nodes(self, layer: int) -> list[NodeSpec]:
-        hidden, width = self.hidden_size, self.num_q_heads * self.head_dim
+        hidden, width, forward = self.hidden_size, self.num_q_heads * self.head_dim, self.intermediate_size
         kv_width = self.num_kv_heads * self.head_dim
-        prefix = f"layers.{layer}."
+        prefix, inner, residual = f"layers.{layer}.", self.inner_bytes, RESIDUAL_BYTES
 
         def norm_add(name: str) -> NodeSpec:
-            return NodeSpec(
-                prefix + name, layer, "norm_add", "token", 5.0 * hidden, 3.0 * self.activation_bytes * hidden
-            )
+            return NodeSpec(prefix + name, layer, "norm_add", "token", 5.0 * hidden, 3.0 * residual * hidden)
 
+        qkv = self._linear(
+            prefix + "qkv", layer, (("q", width), ("k", kv_width), ("v", kv_width)), hidden,
+            residual * hidden + inner * (width + 2 * kv_width),
+        )  # fmt: skip
         attention = NodeSpec(
             prefix + "attention", layer, "attention", "token",
-            bytes_per_row=float(self.activation_bytes * (2 * width + 2 * kv_width)),
+            bytes_per_row=float(inner * (2 * width + 2 * kv_width)),
             operations_per_pair=4.0 * width,
             bytes_per_kv_token=self.kv_layer_page_bytes / self.page_size,
             is_windowed=layer in self.windowed_layers,
         )  # fmt: skip
-        nodes = [
-            self._linear(prefix + "qkv", layer, (("q", width), ("k", kv_width), ("v", kv_width)), hidden),
-            attention,
-            self._linear(prefix + "o", layer, (("o", hidden),), width),
-        ]
+        # The CPU's node counts gate and up apart, the GPU's what is written: their product.
+        gated = forward if self.device == "gpu" else 2 * forward
+        gate_up = self._linear(
+            prefix + "gate_up", layer, (("gate", forward), ("up", forward)), hidden, residual * hidden + inner * gated
+        )
+        out = self._linear(prefix + "o", layer, (("o", hidden),), width, inner * width + residual * hidden)
+        down = self._linear(prefix + "down", layer, (("down", hidden),), forward, inner * forward + residual * hidden)
         if self.has_post_norms:
-            nodes.append(norm_add("post_attention"))
-        feed_forward = (("gate", self.intermediate_size), ("up", self.intermediate_size))
-        nodes.append(self._linear(prefix + "gate_up", layer, feed_forward, hidden))
-        nodes.append(self._linear(prefix + "down", layer, (("down", hidden),), self.intermediate_size))
-        if self.has_post_norms:
-            nodes.append(norm_add("post_ffn"))
-        return nodes
+            return [qkv, attention, out, norm_add("post_attention"), gate_up, down, norm_add("post_ffn")]
+        return [qkv, attention, out, gate_up, down]
 
     def nodes(self) -> tuple[NodeSpec, ...]:
         """In the order of the Program."""
         hidden, vocab = self.hidden_size, self.vocab_size
         output_format = self.output_format or self.weight_format
         embedding_format = self.embedding_format or output_format
-        value_bytes = self.activation_bytes
+        value_bytes = RESIDUAL_BYTES
         row_bytes = stored_row_bytes(embedding_format, hidden) + value_bytes * hidden
         nodes = [
             NodeSpec("copy_pages", -1, "copy_pages", "token"),
@@ -236,7 +256,8 @@ class ModelSpec:
                 "logit_row",
                 operations_per_row=2.0 * hidden * vocab,
                 bytes_per_row=float(value_bytes * (hidden + vocab)),
-                fixed_bytes=float(packed_bytes(output_format, vocab, hidden)),
+                fixed_bytes=float(self._packed_output(output_format)),
+                operations_per_byte=OPERATIONS_PER_BYTE[self.device],
             )
         )
         if self.has_soft_cap:

@@ -9,8 +9,9 @@ import pytest
 
 from runtime import _native
 from runtime.describe_model import spec_of
-from runtime.engine_args import KV_CODECS
-from scheduler.byte_sizes import kv_layer_page_bytes, packed_bytes, stored_row_bytes
+from runtime.devices import open_device
+from runtime.engine_args import KV_CODECS, EngineArgs
+from scheduler.byte_sizes import gpu_packed_bytes, kv_layer_page_bytes, packed_bytes, stored_row_bytes
 from scheduler.model_spec import ModelSpec
 from scheduler.step import ScheduledRequest
 from scheduler.step_shape import StepShape, shape_of
@@ -77,6 +78,23 @@ def test_every_weight_format_has_its_packed_size(weight_format, out_features):
     data = np.zeros(int(stored_row_bytes(weight_format, in_features)) * out_features, dtype=np.uint8)
     packed = _native.pack_linear([_native.Weight(data, weight_format, out_features, in_features)], "fp32", 1)
     assert packed.packed_bytes == packed_bytes(weight_format, out_features, in_features)
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma3"])
+@pytest.mark.parametrize("activations", ["bf16", "fp16", "fp32"])
+def test_nodes_equal_the_recorded_program_on_a_gpu(variant, activations, tmp_path):
+    path, _ = write_tiny_model(variant, tmp_path)
+    loaded = load(path, device="simt", activations=activations, kv_dtype="bf16", max_model_len=256)
+    assert_equal_lists(loaded.program, spec_of(loaded, ("bf16", "bf16")))
+
+
+@pytest.mark.parametrize("weight_format", ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K", "F32", "F16", "BF16"])
+def test_every_weight_format_has_its_packed_size_on_a_gpu(weight_format):
+    device = open_device(EngineArgs(device="simt").check())
+    for out_features, in_features in ((256, 768), (50, 1536)):
+        data = np.zeros(int(stored_row_bytes(weight_format, in_features)) * out_features, dtype=np.uint8)
+        packed = device.pack([_native.Weight(data, weight_format, out_features, in_features)], "bf16", False)
+        assert packed.packed_bytes == gpu_packed_bytes(weight_format, out_features, in_features)
 
 
 @pytest.mark.parametrize("codec", KV_CODECS)

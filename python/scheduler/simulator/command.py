@@ -101,7 +101,7 @@ class CommandRun:
         if namespace.kv_dtype:
             k_codec, _, v_codec = namespace.kv_dtype.partition(":")
             overrides["kv_codecs"] = (k_codec, v_codec or k_codec)
-        self.spec = setup.load_model(namespace.model or setup.default_model(machine), **overrides)
+        self.spec = setup.load_model(namespace.model or setup.default_model(machine), machine, **overrides)
         self.model = CostModel(self.spec, machine)  # what policies predict with
         felt = machine if namespace.contention is None else replace(machine, contention=namespace.contention)
         self.executor_model = CostModel(self.spec, felt)

@@ -21,8 +21,10 @@ SERVEGEN_DEFAULT_S = 600.0
 _LARGE_MACHINE_BYTES = 16e9
 
 
-def load_model(name_or_path: str, **overrides: Any) -> ModelSpec:
-    """A config.json, or the name of a model that ships with the simulator. Raises ValueError."""
+def load_model(name_or_path: str, machine: Machine | None = None, **overrides: Any) -> ModelSpec:
+    """A config.json, or the name of a model that ships with the simulator. machine: a config.json does not say how its
+    nodes look on it; one that `partita calibrate` did not measure is a GPU in bf16. Raises ValueError.
+    """
     path = Path(name_or_path)
     if path.is_dir():
         path = path / "config.json"
@@ -32,7 +34,11 @@ def load_model(name_or_path: str, **overrides: Any) -> ModelSpec:
         known = ", ".join(sorted(file.stem for file in MODEL_FOLDER.glob("*.json")))
         raise ValueError(f"model: got {name_or_path!r}, wanted a config.json or one of {known}")
     content = json.loads(path.read_text(encoding="utf-8"))
-    fields = content.get("fields", {}) if "config" in content else {}
+    if "config" in content:
+        fields = content.get("fields", {})
+    else:
+        is_gpu = machine is not None and not machine.model
+        fields = {"device": "gpu", "inner_bytes": 2} if is_gpu else {}
     return ModelSpec.from_config(content.get("config", content), **{**fields, **overrides})
 
 
