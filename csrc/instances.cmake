@@ -65,13 +65,30 @@ partita_gemm(u4_channel_int8_t128 "Nibbles" mma_u4_channel "1" "128, 128, 128, 2
 partita_gemm(u4_two_level_int8_t16 "TwoLevelNibbles" mma_u4_two_level "32 | 64 | 128" "16, 128, 256, 1, 2, 2, 3")
 partita_gemm(u4_two_level_int8_t128 "TwoLevelNibbles" mma_u4_two_level "32 | 64 | 128" "128, 128, 128, 2, 4, 1, 3")
 
+# ---- gemm, sm_90a: wgmma over the layouts above (gemm/cuda/wgmma_tile_sm90.cuh); tokens, stages
+macro(partita_wgmma name decoder layout groups tokens stages)
+  partita_instance(gemm_wgmma_${name}_t${tokens}_sm90 gemm/cuda/wgmma_instance_sm90.cu.in 5 "DECODER=${decoder}"
+                   "LAYOUT=${layout}" "GROUPS=${groups}" TOKENS=${tokens} STAGES=${stages})
+endmacro()
+foreach(type f16 bf16)
+  string(TOUPPER "${type}" type_name)
+  partita_wgmma(u4_${type} "GroupCodes<GpuActivations::k${type_name}, 4>" mma_u4_group "32 | 64 | 128 | 1" 128 5)
+  partita_wgmma(u4_${type} "GroupCodes<GpuActivations::k${type_name}, 4>" mma_u4_group "32 | 64 | 128 | 1" 256 4)
+  partita_wgmma(u8_${type} "GroupCodes<GpuActivations::k${type_name}, 8>" mma_u8_group "16 | 32 | 64 | 128 | 1" 128 5)
+endforeach()
+partita_wgmma(s8_int8 "SignedBytes" mma_s8_channel "1" 128 4)
+partita_wgmma(u4_channel_int8 "Nibbles" mma_u4_channel "1" 128 5)
+partita_wgmma(u4_two_level_int8 "TwoLevelNibbles" mma_u4_two_level "32 | 64 | 128" 128 5)
+
 # ---- gemm, sm_90a (CUTLASS; csrc/gemm/cuda/README_sm90.md says why these tiles)
-foreach(tokens 16 64 128 256)
+foreach(tokens 16 64 128)
   partita_instance(cutlass_w4a16_bf16_${tokens}_sm90 gemm/cuda/cutlass_w4a16_sm90.cu.in 33
                    TOKENS=${tokens} ACTIVATION=cutlass::bfloat16_t ACTIVATIONS=kBF16)
   partita_instance(cutlass_w4a16_f16_${tokens}_sm90 gemm/cuda/cutlass_w4a16_sm90.cu.in 33
                    TOKENS=${tokens} ACTIVATION=cutlass::half_t ACTIVATIONS=kF16)
 endforeach()
+partita_instance(cutlass_w4a16_bf16_256_sm90 gemm/cuda/cutlass_w4a16_sm90.cu.in 33
+                 TOKENS=256 ACTIVATION=cutlass::bfloat16_t ACTIVATIONS=kBF16)
 foreach(tokens 128 256)
   partita_instance(cutlass_bf16_${tokens}_sm90 gemm/cuda/cutlass_half_sm90.cu.in 22
                    TOKENS=${tokens} ELEMENT=cutlass::bfloat16_t ACTIVATIONS=kBF16 CODES=kBF16)
@@ -81,9 +98,7 @@ endforeach()
 foreach(tokens 16 64 128)
   partita_instance(cutlass_fp8_${tokens}_sm90 gemm/cuda/cutlass_fp8_sm90.cu.in 18 TOKENS=${tokens})
 endforeach()
-foreach(tokens 128 256)
-  partita_instance(cutlass_int8_${tokens}_sm90 gemm/cuda/cutlass_int8_sm90.cu.in 18 TOKENS=${tokens})
-endforeach()
+partita_instance(cutlass_int8_256_sm90 gemm/cuda/cutlass_int8_sm90.cu.in 18 TOKENS=256)
 foreach(tokens 64 128)
   partita_instance(cutlass_fp8_block_${tokens}_sm90 gemm/cuda/cutlass_fp8_block_sm90.cu.in 25 TOKENS=${tokens})
 endforeach()
@@ -99,7 +114,7 @@ foreach(head_dim 64 128 256)
     string(TOLOWER "attend_decode_d${head_dim}_${k}_${v}" name)
     string(REPLACE "int4plain" "int4" name ${name})
     string(REPLACE "e4m3" "fp8" name ${name})
-    partita_instance(${name} attention/cuda/attend_decode.cu.in 20 NAME=${name} VERIFIED= HEAD_DIM=${head_dim} K=k${k}
+    partita_instance(${name} attention/cuda/attend_decode.cu.in 10 NAME=${name} VERIFIED= HEAD_DIM=${head_dim} K=k${k}
                      V=k${v})
   endforeach()
 endforeach()
@@ -112,7 +127,7 @@ foreach(head_dim 64 128 256)
     list(GET kind 1 codec)
     list(GET kind 2 converts)
     set(name attend_prefill_d${head_dim}_${label})
-    partita_instance(${name} attention/cuda/attend_prefill.cu.in 20 NAME=${name} VERIFIED= HEAD_DIM=${head_dim}
+    partita_instance(${name} attention/cuda/attend_prefill.cu.in 10 NAME=${name} VERIFIED= HEAD_DIM=${head_dim}
                      CODEC=k${codec} CONVERTS=${converts})
   endforeach()
 endforeach()

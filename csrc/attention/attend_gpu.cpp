@@ -111,8 +111,7 @@ void check_attention_gpu(const GpuAttentionParams& params, const GpuAttentionBat
   PARTITA_CHECK(batch.num_requests >= 0, "num_requests: got ", batch.num_requests, ", wanted no negative number");
   if (batch.num_tokens == 0) return;
   PARTITA_CHECK(params.qkv && params.out, "qkv, out: got a null pointer");
-  PARTITA_CHECK(batch.token_positions && batch.token_requests && batch.cu_seqlens_q && batch.context_starts &&
-                    batch.page_tables && batch.arena,
+  PARTITA_CHECK(batch.token_positions && batch.token_requests && batch.page_tables && batch.arena,
                 "batch: got a null pointer");
   PARTITA_CHECK(batch.page_table_stride >= 1, "page_table_stride: got ", batch.page_table_stride,
                 ", wanted at least 1");
@@ -129,23 +128,26 @@ AttendSelection select_attend(const Gpu& gpu, const GpuAttentionDesc& desc) {
                 desc.num_q_heads, ", wanted a multiple of num_kv_heads = ", layout.num_kv_heads);
   const KernelRegistry& registry = kernels_of(gpu);
   const size_t shared_limit = gpu.properties().shared_bytes_per_block;
+  const int group = desc.num_q_heads / layout.num_kv_heads;
   AttendSelection selection;
   selection.naive = registry.only<AttendNaiveKernel>();
   selection.merge = registry.only<AttendMergeKernel>();
   std::string& reasons = selection.reasons;
-  reasons = concat("attend ", codec_pair(layout), ", head_dim ", layout.head_dim, ", ",
-                   desc.num_q_heads / layout.num_kv_heads, " query heads to a KV head, ", dtype_name(desc.qkv_type),
-                   " queries\n");
+  reasons = concat("attend ", codec_pair(layout), ", head_dim ", layout.head_dim, ", ", group,
+                   " query heads to a KV head, ", dtype_name(desc.qkv_type), " queries\n");
   const std::string untuned = untuned_reason(desc);
   const KvCodec k = stored_codec(layout.k_codec), v = stored_codec(layout.v_codec);
   if (untuned.empty()) {
     for (const auto* kernel : registry.all<AttendDecodeKernel>()) {
       if (kernel->k_codec != k || kernel->v_codec != v || kernel->max_head_dim < layout.head_dim) continue;
-      if (kernel->shared_bytes(16) > shared_limit)
-        reasons += concat("  ", kernel->info.name, ": wants ", kernel->shared_bytes(16),
+      const int columns = kernel->shared_bytes(16) <= shared_limit ? 16 : 8;
+      if (group > columns || kernel->shared_bytes(columns) > shared_limit) {
+        reasons += concat("  ", kernel->info.name, ": wants ", kernel->shared_bytes(group > 8 ? 16 : 8),
                           " bytes of shared memory, a block has ", shared_limit, "\n");
-      else if (is_better(*kernel, selection.decode))
+      } else if (is_better(*kernel, selection.decode)) {
         selection.decode = kernel;
+        selection.decode_columns = columns;
+      }
     }
     for (const auto* kernel : registry.all<AttendPrefillKernel>()) {
       if (kernel->max_head_dim < layout.head_dim) continue;

@@ -33,7 +33,7 @@ struct GpuAttentionBatch {
   int num_requests = 0;                      // R, padded requests included
   const int32_t* token_positions = nullptr;  // [T] absolute; -1: padded
   const int32_t* token_requests = nullptr;   // [T] 0..R-1
-  const int32_t* cu_seqlens_q = nullptr;     // [R + 1] token rows of each request
+  const int32_t* cu_seqlens_q = nullptr;     // [R + 1] token rows of each request; append and attend do without
   const int32_t* context_starts = nullptr;   // [R] absolute position of each request's first token here; -1: padded
   const int32_t* page_tables = nullptr;      // [R, page_table_stride] page ids; entry p holds positions
                                              // [p * page_size, (p + 1) * page_size)
@@ -102,6 +102,7 @@ struct AttendNaiveKernel;
 // The kernels that serve a desc. decode and prefill are null where the naive kernel does.
 struct AttendSelection {
   const AttendDecodeKernel* decode = nullptr;
+  int decode_columns = 0;  // most query rows of a decode tile, 8 or 16: as shared memory allows
   const AttendPrefillKernel* prefill = nullptr;
   const AttendMergeKernel* merge = nullptr;
   const AttendNaiveKernel* naive = nullptr;
@@ -109,7 +110,7 @@ struct AttendSelection {
 };
 AttendSelection select_attend(const Gpu& gpu, const GpuAttentionDesc& desc);
 
-// The step's work, made once per step and group on the host and used by every layer. Reuses its memory between steps.
+// The step's work, made once per step and group on the host and used by every layer.
 class GpuAttentionPlan {
  public:
   GpuAttentionPlan(std::shared_ptr<Gpu> gpu, const GpuAttentionDesc& desc);

@@ -188,6 +188,19 @@ int max_prefill_ctas(const Gpu& gpu, const AttendPrefillKernel& kernel, int want
   return max_ctas(gpu, kernel.ctas_per_sm, kernel.shared_bytes, wanted);
 }
 
+// What a decode graph's plan leaves room for, beyond which no step of its rows goes. A border between two blocks splits
+// one pair of (request, KV head) and makes two parts of it.
+struct GraphRoom {
+  int64_t items, merges, parts;
+};
+
+GraphRoom graph_room(const GpuPlanOptions& options, int num_kv_heads, int64_t max_context, int64_t num_ctas) {
+  const int64_t pairs = int64_t{options.graph_rows} * num_kv_heads;
+  if (!options.is_batch_invariant) return {pairs + num_ctas, std::min(pairs, num_ctas), 2 * num_ctas};
+  const int64_t splits = pairs * max_fixed_splits(max_context);
+  return {splits, pairs, splits};
+}
+
 void check_shared_prefixes(const GpuPlanOptions& options, const KvGroupLayout& layout, int num_requests,
                            const int32_t* context_starts) {
   int next_request = 0;
@@ -245,7 +258,7 @@ void GpuAttentionPlan::build(int num_requests, const int32_t* cu_seqlens_q, cons
   Builder builder{desc_, options, group, layout.num_kv_heads, {}, 0};
   Builder::Kind decode_kind, prefill_kind;
   const int prefill_tokens = std::max(1, selection_.prefill->tile_rows / group);
-  const int decode_tokens = kMaxDecodeColumns / group;
+  const int decode_tokens = selection_.decode ? selection_.decode_columns / group : 0;
   const bool may_decode = selection_.decode && !options.is_batch_invariant;
   int max_decode_rows = group;
   // Tiles of consecutive tokens, of one request or of several that share these positions.
@@ -308,16 +321,11 @@ void GpuAttentionPlan::build(int num_requests, const int32_t* cu_seqlens_q, cons
   if (options.graph_rows > 0) {
     Builder::Kind& kind = may_decode ? decode_kind : prefill_kind;
     const int ctas = may_decode ? decode_ctas : prefill_ctas;
-    const int64_t pairs = int64_t{options.graph_rows} * layout.num_kv_heads;
-    int64_t room = pairs + ctas;
-    merge_room = std::min<int64_t>(pairs, ctas);
-    part_room = 2 * int64_t{ctas};
-    if (options.is_batch_invariant) {
-      room = part_room = pairs * max_fixed_splits(options.max_context);
-      merge_room = pairs;
-    }
-    (may_decode ? decode_room : prefill_room) = room;
-    num_partial_rows_ = part_room * group;
+    const GraphRoom room = graph_room(options, layout.num_kv_heads, options.max_context, ctas);
+    (may_decode ? decode_room : prefill_room) = room.items;
+    merge_room = room.merges;
+    part_room = room.parts;
+    num_partial_rows_ = room.parts * group;
     if (kind.queues.empty()) kind.queues.push_back(0);
     kind.queues.resize(ctas + 1, kind.queues.back());
     kind.num_ctas = ctas;
@@ -357,7 +365,7 @@ void GpuAttentionPlan::build(int num_requests, const int32_t* cu_seqlens_q, cons
 
 namespace {
 
-// Upper bounds of a plan without a graph.
+// Upper bounds of plans.
 struct PlanBounds {
   int64_t items, queues, merges, parts, partial_rows;
 };
@@ -369,7 +377,7 @@ PlanBounds plan_bounds(const Gpu& gpu, const GpuAttentionDesc& desc, const Atten
   const int64_t prefill_tokens = std::max<int64_t>(1, selection.prefill->tile_rows / group);
   int64_t decode_ctas = 0;
   if (selection.decode)
-    for (int num_columns : {8, 16})
+    for (int num_columns = 8; num_columns <= selection.decode_columns; num_columns += 8)
       decode_ctas =
           std::max<int64_t>(decode_ctas, max_decode_ctas(gpu, *selection.decode, num_columns, options.num_ctas));
   const int64_t prefill_ctas = max_prefill_ctas(gpu, *selection.prefill, options.num_ctas);
@@ -379,12 +387,22 @@ PlanBounds plan_bounds(const Gpu& gpu, const GpuAttentionDesc& desc, const Atten
   const int64_t pairs = tiles * heads, borders = decode_ctas + prefill_ctas;
   PlanBounds bounds{};
   bounds.queues = borders + 8;
+  if (options.graph_rows > 0) {
+    const bool may_decode = selection.decode && !options.is_batch_invariant;
+    const GraphRoom room =
+        graph_room(options, desc.layout.num_kv_heads, max_context, may_decode ? decode_ctas : prefill_ctas);
+    bounds.items = room.items;
+    bounds.merges = room.merges;
+    bounds.parts = room.parts;
+    bounds.partial_rows = room.parts * group;
+    return bounds;
+  }
   if (options.is_batch_invariant) {
     bounds.items = pairs * max_fixed_splits(max_context);
     bounds.parts = max_tokens * heads * (max_fixed_splits(max_context) + has_prefixes);
   } else {
     bounds.items = pairs + borders;
-    bounds.parts = 2 * (decode_ctas * kMaxDecodeColumns + prefill_ctas * prefill_tokens) +
+    bounds.parts = 2 * (decode_ctas * (kMaxDecodeColumns / group) + prefill_ctas * prefill_tokens) +
                    (has_prefixes ? 2 * max_tokens * heads : 0);
   }
   bounds.merges = std::min(max_tokens * heads, bounds.parts);

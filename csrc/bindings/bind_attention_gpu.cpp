@@ -104,16 +104,14 @@ py::list merge_list(const GpuAttentionPlan& plan) {
 }
 
 void attend(const GpuAttentionPlan& plan, py::object qkv_object, py::object out_object, py::object arena_object,
-            py::object positions_object, py::object requests_object, py::object cu_seqlens_object,
-            py::object context_starts_object, py::object page_tables_object, py::object tables_object,
-            py::object workspace_object, int layer, float scale, float soft_cap, int num_ctas, py::object stream) {
+            py::object positions_object, py::object requests_object, py::object page_tables_object,
+            py::object tables_object, py::object workspace_object, int layer, float scale, float soft_cap, int num_ctas,
+            py::object stream) {
   const std::shared_ptr<Gpu> gpu = gpu_of({qkv_object, out_object, arena_object});
   const KvGroupLayout& layout = plan.desc().layout;
   const GpuArrayArgument qkv(*gpu, qkv_object, "qkv"), out(*gpu, out_object, "out"), arena(*gpu, arena_object, "arena");
   const GpuArrayArgument positions(*gpu, positions_object, "token_positions");
   const GpuArrayArgument requests(*gpu, requests_object, "token_requests");
-  const GpuArrayArgument cu_seqlens_q(*gpu, cu_seqlens_object, "cu_seqlens_q");
-  const GpuArrayArgument context_starts(*gpu, context_starts_object, "context_starts");
   const GpuArrayArgument page_tables(*gpu, page_tables_object, "page_tables");
   const GpuArrayArgument tables(*gpu, tables_object, "tables");
   const int64_t q_width = int64_t{plan.desc().num_q_heads} * layout.head_dim;
@@ -121,11 +119,10 @@ void attend(const GpuAttentionPlan& plan, py::object qkv_object, py::object out_
   positions->expect(DType::kI32, {-1});
   const int64_t num_tokens = positions->shape[0];
   requests->expect(DType::kI32, {num_tokens});
-  context_starts->expect(DType::kI32, {-1});
-  const int64_t num_requests = context_starts->shape[0];
-  cu_seqlens_q->expect(DType::kI32, {num_requests + 1});
-  page_tables->expect(DType::kI32, {num_requests, -1});
-  qkv->expect(qkv->dtype, {num_tokens, qkv_width});
+  page_tables->expect(DType::kI32, {-1, -1});
+  const int64_t num_requests = page_tables->shape[0];
+  PARTITA_CHECK(qkv->ndim == 2 && qkv->shape[0] == num_tokens && qkv->shape[1] >= qkv_width, "qkv: got shape ",
+                qkv->shape_text(), ", wanted [", num_tokens, ", ", qkv_width, " or more]");
   out->expect(out->dtype, {num_tokens, q_width});
   arena->expect(DType::kU8, {-1, -1});
   tables->expect(DType::kI32, {-1});
@@ -145,8 +142,6 @@ void attend(const GpuAttentionPlan& plan, py::object qkv_object, py::object out_
   batch.num_requests = static_cast<int>(num_requests);
   batch.token_positions = positions->as<int32_t>();
   batch.token_requests = requests->as<int32_t>();
-  batch.cu_seqlens_q = cu_seqlens_q->as<int32_t>();
-  batch.context_starts = context_starts->as<int32_t>();
   batch.page_tables = page_tables->as<int32_t>();
   batch.page_table_stride = page_tables->shape[1];
   batch.arena = arena->as<std::byte>();
@@ -160,7 +155,7 @@ void attend(const GpuAttentionPlan& plan, py::object qkv_object, py::object out_
   params.exact = plan.desc().exact;
   params.qkv = qkv->as<void>();
   params.qkv_type = qkv->dtype;
-  params.qkv_stride = qkv_width;
+  params.qkv_stride = qkv->shape[1];
   params.out = out->as<void>();
   params.out_type = out->dtype;
   params.out_stride = q_width;
@@ -192,14 +187,14 @@ void register_attention_gpu(py::module_& module) {
       .def(
           "max_table_entries",
           [](const GpuAttentionPlan& plan, int64_t tokens, int64_t requests, int64_t context, bool batch_invariant,
-             bool has_prefixes) {
-            GpuPlanOptions options = plan_options(0, batch_invariant, 0, 0, {});
+             int graph_rows, bool has_prefixes) {
+            GpuPlanOptions options = plan_options(0, batch_invariant, graph_rows, context, {});
             if (has_prefixes) options.shared_prefixes.emplace_back();
             return py::make_tuple(plan.max_table_entries(tokens, requests, context, options),
                                   plan.max_workspace_bytes(tokens, requests, context, options));
           },
           py::arg("max_tokens"), py::arg("max_requests"), py::arg("max_context"), py::kw_only(),
-          py::arg("batch_invariant") = false, py::arg("has_prefixes") = false,
+          py::arg("batch_invariant") = false, py::arg("graph_rows") = 0, py::arg("has_prefixes") = false,
           "(table entries, workspace bytes) that no plan of such steps exceeds.")
       .def("describe", &GpuAttentionPlan::describe)
       .def_property_readonly("kernels",
@@ -216,10 +211,9 @@ void register_attention_gpu(py::module_& module) {
       .def_property_readonly("merges", &merge_list)
       .def_property_readonly("merge_num_ctas", [](const GpuAttentionPlan& plan) { return plan.merge().num_ctas; });
   module.def("attend_gpu", &attend, py::arg("plan"), py::arg("qkv"), py::arg("out"), py::arg("arena"),
-             py::arg("token_positions"), py::arg("token_requests"), py::arg("cu_seqlens_q"), py::arg("context_starts"),
-             py::arg("page_tables"), py::arg("tables"), py::arg("workspace") = py::none(), py::kw_only(),
-             py::arg("layer") = 0, py::arg("scale"), py::arg("soft_cap") = 0.0f, py::arg("num_ctas") = 0,
-             py::arg("stream") = py::none());
+             py::arg("token_positions"), py::arg("token_requests"), py::arg("page_tables"), py::arg("tables"),
+             py::arg("workspace") = py::none(), py::kw_only(), py::arg("layer") = 0, py::arg("scale"),
+             py::arg("soft_cap") = 0.0f, py::arg("num_ctas") = 0, py::arg("stream") = py::none());
 }
 
 }  // namespace partita::bindings

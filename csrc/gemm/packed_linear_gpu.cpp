@@ -240,7 +240,11 @@ class GpuLinear final : public GpuPackedLinear {
       for (const GemmKernel* kernel : kernels) {
         if (std::string(kernel->layout) != layout->id) continue;
         if (kernel->activations == activations) is_compiled = true;
-        const std::string why = rejection(*kernel, problem_of(choice.view));
+        GemmProblem problem = problem_of(choice.view);
+        // simt stands for any architecture, but takes code for one alone only when it is named.
+        if (problem.device.world == "simt" && is_named(*kernel, choice.view))
+          problem.device.compute_capability = kernel->min_compute_capability;
+        const std::string why = rejection(*kernel, problem);
         if (why.empty())
           choice.candidates.push_back(kernel);
         else if (kernel->activations == activations)
@@ -258,16 +262,20 @@ class GpuLinear final : public GpuPackedLinear {
     return choices;
   }
 
+  bool is_named(const GemmKernel& kernel, const PackedWeightView& view) const {
+    return std::any_of(table_.begin(), table_.end(), [&](const TableLine& line) {
+      return line.out_features == view.out_features && line.in_features == view.in_features &&
+             line.kernel == kernel.info.name;
+    });
+  }
+
   // A kernel that the table names for this shape brings its layout, whatever it would cost.
   bool keep_named(std::vector<LayoutChoice>* choices) const {
-    for (const TableLine& line : table_)
-      for (const LayoutChoice& choice : *choices) {
-        if (line.out_features != choice.view.out_features || line.in_features != choice.view.in_features) continue;
-        for (const GemmKernel* candidate : choice.candidates) {
-          if (line.kernel != candidate->info.name) continue;
-          *choices = std::vector<LayoutChoice>{LayoutChoice(choice)};
-          return true;
-        }
+    for (const LayoutChoice& choice : *choices)
+      for (const GemmKernel* candidate : choice.candidates) {
+        if (!is_named(*candidate, choice.view)) continue;
+        *choices = std::vector<LayoutChoice>{LayoutChoice(choice)};
+        return true;
       }
     return false;
   }

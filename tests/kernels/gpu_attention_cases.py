@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 
 from runtime import _native
 from tests.kernels.attention_cases import Step, rotate
-
-NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-
-
-def to_device(gpu, array: np.ndarray):
-    array = np.ascontiguousarray(array)
-    uploaded = _native.GpuArray(gpu, list(array.shape), array.dtype.name)
-    uploaded.upload(array)
-    return uploaded
-
-
-def from_device(array) -> np.ndarray:
-    out = np.empty(array.shape, NUMPY_TYPES.get(array.dtype, array.dtype))
-    array.download(out)
-    return out
+from tests.kit.gpu_arrays import DTYPES, download, upload
 
 
 class GpuStep:
@@ -36,7 +21,7 @@ class GpuStep:
         self.starts = np.array([start for start, _ in step.requests], np.int32)
         qkv = self._append([(0, start) for start, _ in step.requests])
         qkv = self._append([(start, start + count) for start, count in step.requests])
-        self.q = qkv.astype(NUMPY_TYPES[dtype])  # what the device computes with
+        self.q = qkv.astype(DTYPES[dtype])  # what the device computes with
         if padded_rows:
             assert all(count == 1 for count in counts)
             self.q = np.concatenate([self.q, np.full((padded_rows, qkv.shape[1]), np.nan, self.q.dtype)])
@@ -50,10 +35,10 @@ class GpuStep:
         tables[: len(counts)] = step.page_tables
         self.plan = plan or _native.GpuAttentionPlan(gpu, layout, step.num_q_heads, qkv_dtype=dtype, exact=step.exact)
         self.arrays = [
-            to_device(gpu, step.arena), to_device(gpu, self.positions.astype(np.int32)),
-            to_device(gpu, self.requests), to_device(gpu, self.cu), to_device(gpu, self.starts), to_device(gpu, tables),
+            upload(gpu, step.arena), upload(gpu, self.positions.astype(np.int32)),
+            upload(gpu, self.requests), upload(gpu, tables),
         ]  # fmt: skip
-        self.qkv = to_device(gpu, self.q)
+        self.qkv = upload(gpu, self.q)
 
     def _append(self, ranges: list[tuple[int, int]]) -> np.ndarray:
         step = self.step
@@ -73,15 +58,15 @@ class GpuStep:
     def attend(self, out_dtype: str | None = None, num_ctas: int = 0) -> np.ndarray:
         step = self.step
         tables = np.frombuffer(self.plan.tables(), np.int32)
-        device_tables = to_device(self.gpu, tables if len(tables) else np.zeros(1, np.int32))
+        device_tables = upload(self.gpu, tables if len(tables) else np.zeros(1, np.int32))
         workspace = _native.GpuArray(self.gpu, [max(1, self.plan.workspace_bytes)], "uint8")
         shape = (len(self.q), step.num_q_heads * step.layout.head_dim)
-        out = to_device(self.gpu, np.full(shape, np.nan, NUMPY_TYPES[out_dtype or self.dtype]))
+        out = upload(self.gpu, np.full(shape, np.nan, DTYPES[out_dtype or self.dtype]))
         _native.attend_gpu(
             self.plan, self.qkv, out, *self.arrays, device_tables, workspace, layer=step.layer, scale=step.scale,
             soft_cap=step.soft_cap, num_ctas=num_ctas,
         )  # fmt: skip
-        return from_device(out)
+        return download(out)
 
     def reference(self) -> list[np.ndarray]:
         """Float64 attention of the q that the device has over what the pages hold; [num_tokens, Hq * D] a request."""

@@ -88,7 +88,7 @@ def test_sliding_window_reads_no_page_before_it(gpu, kv_dtype, window):
         step.arena[step.page_tables[row, :first]] = 0xFF
         step.page_tables[row, :first] = -1
     case.arrays[0].upload(step.arena)
-    case.arrays[5].upload(step.page_tables)
+    case.arrays[3].upload(step.page_tables)
     np.testing.assert_array_equal(case.run("float32"), wanted)
 
 

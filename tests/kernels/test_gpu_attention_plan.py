@@ -9,7 +9,8 @@ import pytest
 
 from runtime import _native
 from tests.kernels.attention_cases import Step
-from tests.kernels.gpu_attention_cases import GpuStep, to_device
+from tests.kernels.gpu_attention_cases import GpuStep
+from tests.kit.gpu_arrays import upload
 
 TILE = 64
 BOUND = 3e-3
@@ -123,6 +124,8 @@ def test_graph_plan_serves_any_step_of_its_bucket(gpu, kv_dtype):
         assert np.isnan(out[len(requests) :]).all(), "a padded row was written"
         sizes.add((len(plan.tables()), plan.workspace_bytes, plan.decode["num_ctas"], plan.merge_num_ctas))
     assert len(sizes) == 1
+    bounds = plan.max_table_entries(6, 6, 4096, graph_rows=6)
+    assert bounds[0] >= len(plan.tables()) // 4 and bounds[1] >= plan.workspace_bytes > 0
     plan.build(np.arange(7, dtype=np.int32), np.full(6, -1, np.int32), graph_rows=6)
     sizes.add((len(plan.tables()), plan.workspace_bytes, plan.decode["num_ctas"], plan.merge_num_ctas))
     assert len(sizes) == 1 and not plan.decode["items"]
@@ -156,11 +159,10 @@ def test_batch_invariant_bits_do_not_depend_on_the_batch_or_the_chunk(gpu, kv_dt
     alone.__dict__.update(case.__dict__)
     alone.cu, alone.starts = np.array([0, 1, 2, 3], np.int32), np.array([639, 90, 1100], np.int32)
     alone.q = case.q[[39, 40, 41]]
-    alone.qkv = to_device(gpu, alone.q)
+    alone.qkv = upload(gpu, alone.q)
     alone.arrays = [
-        case.arrays[0], to_device(gpu, np.array([639, 90, 1100], np.int32)),
-        to_device(gpu, np.arange(3, dtype=np.int32)), to_device(gpu, alone.cu), to_device(gpu, alone.starts),
-        case.arrays[5],
+        case.arrays[0], upload(gpu, np.array([639, 90, 1100], np.int32)),
+        upload(gpu, np.arange(3, dtype=np.int32)), case.arrays[3],
     ]  # fmt: skip
     np.testing.assert_array_equal(alone.run("float32", batch_invariant=True), whole[[39, 40, 41]])
 
@@ -221,7 +223,7 @@ def test_each_barrier_and_wait_is_needed(kernel):
     fields, requests, options = MUTATED[kernel]
     case = GpuStep(gpu, Step(requests, head_dim=64, seed=25, **fields))
     sites = mutation_sites(case, kernel.split()[0], **options)
-    assert len(sites) >= 4
+    assert len(sites) >= 3
     wanted = case.run("float32", **options)
     unnoticed = []
     try:

@@ -33,8 +33,6 @@ struct DecodeShape {
   static constexpr int kOutTiles = kHeadDim / 16;  // m tiles of O^T
   static constexpr int kKRowBytes = kHeadDim * K::kBits / 8, kVRowBytes = kHeadDim * V::kBits / 8;
   static constexpr bool kHasParams = K::kHasParams || V::kHasParams;
-  // Bytes in flight are what hides the memory's latency, so narrow codes take more stages.
-  static constexpr int kStages = kKRowBytes + kVRowBytes >= 1024 ? 2 : kKRowBytes + kVRowBytes >= 512 ? 3 : 4;
   // Q stays in registers where it and O fit beside each other.
   static constexpr bool kHoldsQueries = kHeadDim * kColumns <= 1024;
 
@@ -44,6 +42,12 @@ struct DecodeShape {
     uint32_t k_params[K::kHasParams ? kWarpTokens : 4];  // fp16 scale, min
     uint32_t v_params[V::kHasParams ? kWarpTokens : 4];
   };
+  // Bytes in flight are what hides the memory's latency: as many stages, up to 4, as fit the shared memory of every
+  // chip of the family.
+  static constexpr int kSharedBytes = 99 * 1024;
+  static constexpr int kStagesThatFit =
+      (kSharedBytes - kSteps * kNumTiles * device::kWarpSize * 8) / static_cast<int>(kDecodeWarps * sizeof(WarpStage));
+  static constexpr int kStages = kStagesThatFit < 2 ? 2 : kStagesThatFit > 4 ? 4 : kStagesThatFit;
   struct Merge {
     float out[kDecodeWarps][kColumns][kHeadDim + kOutPadding];
     float max[kDecodeWarps][kColumns], sum[kDecodeWarps][kColumns];
@@ -384,12 +388,19 @@ __global__ void __launch_bounds__(kDecodeThreads, DecodeShape<kHeadDim, kKCodec,
           weights[tile][i] = device::movmatrix_trans(packed);
         }
       }
+      bool has_moved = false;
 #pragma unroll
       for (int tile = 0; tile < kNumTiles; ++tile)
+        has_moved = has_moved || fade[tile][0] != 1.0f || fade[tile][1] != 1.0f;
+      // After the first tiles a maximum seldom moves.
+      if (__any_sync(device::kFullWarp, has_moved)) {
 #pragma unroll
-        for (int m = 0; m < Shape::kOutTiles; ++m)
+        for (int tile = 0; tile < kNumTiles; ++tile)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) state.out[tile][m][i] *= fade[tile][i % 2];
+          for (int m = 0; m < Shape::kOutTiles; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) state.out[tile][m][i] *= fade[tile][i % 2];
+      }
 
       // O^T = V^T P^T
       constexpr int kVChunks = Shape::kVRowBytes / 16, kTilesPerPair = v_tiles_per_pair<V::kBits>();

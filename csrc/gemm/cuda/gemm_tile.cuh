@@ -235,7 +235,7 @@ class TileProduct {
     }
   }
 
- private:
+ protected:  // the rest is wgmma_tile_sm90.cuh's too
   struct Fragments {
     uint32_t weights[Config::kFragments][4];
     uint32_t activations[Config::kTokenTiles][2];

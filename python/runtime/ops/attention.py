@@ -20,15 +20,18 @@ from typing import Any, Protocol
 from runtime import _native
 
 __all__ = [
+    "GpuAttentionPlan",
     "KvGroupLayout",
     "RopeTable",
     "append",
     "append_gpu",
     "attend",
+    "attend_gpu",
     "copy_pages",
     "decode_kv_rows",
     "decode_page_stream",
     "encode_kv_rows",
+    "gpu_attention_plan",
     "kv_group_layout",
     "rope_table",
     "swap_pages",
@@ -173,6 +176,91 @@ def append_gpu(
         qkv, arena, token_positions, token_requests, page_tables, layout, layer=layer, num_q_heads=num_q_heads, cos=cos,
         sin=sin, q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight, norm_eps=norm_eps, exact=exact,
         num_ctas=num_ctas, stream=stream,
+    )  # fmt: skip
+
+
+class GpuAttentionPlan(Protocol):
+    """Which kernels serve a KV group on a GPU, and how the last step that was built is cut for them."""
+
+    kernels: list[str]
+    workspace_bytes: int  # of device memory that one ``attend_gpu`` needs
+
+    def build(
+        self,
+        cu_seqlens_q: Any,
+        context_starts: Any,
+        *,
+        num_ctas: int = 0,
+        batch_invariant: bool = False,
+        graph_rows: int = 0,
+        max_context: int = 0,
+        shared_prefixes: Sequence[tuple[int, int, int]] = (),
+    ) -> float:
+        """Plans a step, once for all of its layers; microseconds it took.
+
+        Args:
+            cu_seqlens_q, context_starts: [R + 1], [R] int32 in host memory; a request that starts at -1 is padding.
+            num_ctas: most thread blocks; 0: as many as the chip runs at once.
+            batch_invariant: a token's bits depend on nothing else in the step.
+            graph_rows: R of a decode graph (one token a request): sizes and grids then depend on it alone, and on
+                max_context where the plan is batch invariant.
+            shared_prefixes: (first_request, num_requests, num_tokens) of requests that begin with the same pages.
+        """
+
+    def tables(self) -> bytes:
+        """int32 entries for the device."""
+
+    def describe(self) -> str:
+        """The kernels, each with the reason why it was taken or not, and what the last build made."""
+
+
+def gpu_attention_plan(
+    gpu: Any, layout: KvGroupLayout, num_q_heads: int, *, qkv_dtype: str = "bfloat16", exact: bool = False
+) -> GpuAttentionPlan:
+    """A plan for steps of one KV group.
+
+    Args:
+        qkv_dtype: float32, float16 or bfloat16; exact: float32.
+
+    Raises:
+        ValueError: a number of heads or a type that does not fit.
+    """
+    return _native.GpuAttentionPlan(gpu, layout, num_q_heads, qkv_dtype=qkv_dtype, exact=exact)
+
+
+def attend_gpu(
+    plan: GpuAttentionPlan,
+    qkv: Any,
+    out: Any,
+    arena: Any,
+    token_positions: Any,
+    token_requests: Any,
+    page_tables: Any,
+    tables: Any,
+    workspace: Any = None,
+    *,
+    scale: float,
+    layer: int = 0,
+    soft_cap: float = 0.0,
+    num_ctas: int = 0,
+    stream: int | None = None,
+) -> None:
+    """``attend`` on a GPU, after ``append_gpu`` on the same stream. Every array lies there.
+
+    Args:
+        plan: built for this step.
+        qkv, arena, token_positions, token_requests, page_tables: as ``append_gpu`` has left them.
+        out: [T, Hq * D] float32, float16 or bfloat16; rows of position -1 are not written.
+        tables: the plan's, int32.
+        workspace: ``plan.workspace_bytes`` of uint8; None where that is 0.
+        scale, soft_cap: as in ``attend``.
+
+    Raises:
+        TypeError, ValueError: as above.
+    """
+    _native.attend_gpu(
+        plan, qkv, out, arena, token_positions, token_requests, page_tables, tables, workspace, layer=layer, scale=scale,
+        soft_cap=soft_cap, num_ctas=num_ctas, stream=stream,
     )  # fmt: skip
 
 
