@@ -2,7 +2,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
+#include <unordered_map>
 #include <utility>
 
 #include "core/check.h"
@@ -20,6 +23,12 @@ constexpr int64_t kRowAlignment = 16;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// What selection said: asked once for each number of tokens, so that a launch costs a look-up.
+struct ChoiceMemo {
+  std::mutex mutex;
+  std::unordered_map<int64_t, GemmChoice> by_tokens;
+};
+
 // Segments that lie in one packed matrix, and whose outputs are neighbours.
 struct Part {
   CanonicalWeight shape;  // without its data: what unpack() starts from
@@ -28,6 +37,7 @@ struct Part {
   GemmProblem problem;
   int64_t first_column = 0;
   std::vector<const GemmKernel*> candidates;
+  std::unique_ptr<ChoiceMemo> memo = std::make_unique<ChoiceMemo>();
 };
 
 // What a layout offers for a part.
@@ -410,8 +420,15 @@ class GpuLinear final : public GpuPackedLinear {
                   "workspace: wanted workspace_bytes(num_tokens) bytes at a multiple of 256");
   }
 
+  GemmChoice remembered_choice(const Part& part, int64_t num_tokens) const {
+    const std::lock_guard<std::mutex> lock(part.memo->mutex);
+    GemmChoice& choice = part.memo->by_tokens[num_tokens];
+    if (!choice.kernel) choice = choose_gemm(part.candidates, part.problem, num_tokens, table_);
+    return choice;
+  }
+
   void run_part(const Part& part, const GpuLinearParams& params, GpuStream stream) const {
-    const GemmChoice choice = choose_gemm(part.candidates, part.problem, params.num_tokens, table_);
+    const GemmChoice choice = remembered_choice(part, params.num_tokens);
     const GemmKernel& chosen = *choice.kernel;
     GemmKernelParams launch;
     launch.weight = part.problem.weight;

@@ -111,14 +111,15 @@ def test_gated_exact_mode(gpu):
 
 
 @pytest.mark.parametrize("kernel", ["u4_bf16_t16", "u4_bf16_t64"])
+@pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("out_padding", [0, 1, 4])
-def test_bias_and_residual(gpu, kernel, out_padding):
+def test_bias_and_residual(gpu, kernel, splits, out_padding):
     """Rows of 33 outputs and odd strides: vectors of four where they are aligned, single outputs where not."""
     rng = np.random.default_rng(2)
-    weight = random_codes(rng, "u4", 36 if out_padding else 33, 192, 64, "zero", "bf16")
+    weight = random_codes(rng, "u4", 36 if out_padding else 33, 576, 64, "zero", "bf16")
     rows = weight.native.out_features
-    run = Runner(gpu, packed(gpu, [weight.native], "bf16", kernel))
-    x = half_inputs(rng, 5, 192, "bf16")
+    run = Runner(gpu, packed(gpu, [weight.native], "bf16", kernel, splits))
+    x = half_inputs(rng, 5, 576, "bf16")
     bias = rng.standard_normal(rows).astype(np.float32)
     before = rng.standard_normal((5, rows)).astype(np.float32)
     plain = run(x, out_padding=out_padding)
