@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from array import array
 from collections.abc import Sequence
@@ -103,11 +104,14 @@ class StepBench:
     def measure_all(
         self, kinds: Sequence[StepKind], num_rounds: int, until_s: float = math.inf, lane: int = 0
     ) -> list[MeasuredStep]:
-        """Every kind once a round, so that a busy second spoils one run of many kinds and not all runs of one. Ends after
-        a round that passed `until_s` on the monotonic clock; the first round always ends."""
-        frame, best = self.new_frame(), {}
-        for _ in range(num_rounds):
-            for index, kind in enumerate(kinds):
+        """Every kind once a round, so that a busy second spoils one run of many kinds and not all runs of one; in another
+        order each round, because a small step is slower for some 100 ms after a large one. Ends after a round that passed
+        `until_s` on the monotonic clock; the first round always ends."""
+        frame, best, order = self.new_frame(), {}, list(range(len(kinds)))
+        for round_idx in range(num_rounds):
+            random.Random(round_idx).shuffle(order)
+            for index in order:
+                kind = kinds[index]
                 completion = self.run(self.prepare(frame, kind), lane)
                 duration_ns = completion["end_ns"] - completion["start_ns"]
                 if index not in best or duration_ns < best[index]["end_ns"] - best[index]["start_ns"]:
