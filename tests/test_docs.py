@@ -86,9 +86,14 @@ def test_the_table_of_environment_switches_is_complete():
 
 
 def test_the_table_of_build_options_is_complete():
-    text = (ROOT / "CMakeLists.txt").read_text()
-    options = set(re.findall(r"^\s*option\((PARTITA_\w+)", text, re.MULTILINE))
-    options |= set(re.findall(r"^\s*set\((PARTITA_\w+)[^)]*\bCACHE\b", text, re.MULTILINE))
+    files = [
+        ROOT / "CMakeLists.txt",
+        *sorted((ROOT / "csrc").glob("*.cmake")),
+        ROOT / "csrc" / "simt" / "CMakeLists.txt",
+    ]
+    text = "\n".join(path.read_text() for path in files)
+    options = set(re.findall(r"^\s*option\((\w+)", text, re.MULTILINE))
+    options |= set(re.findall(r"^\s*set\((\w+)[^)]*\bCACHE\b", text, re.MULTILINE))
     assert rows_of_table("Build options") == options
 
 

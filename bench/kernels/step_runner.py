@@ -14,9 +14,18 @@ CHUNK_TOKENS = 512
 class StepRunner:
     """Owns arena, rows, frame and lane of a loaded model (runtime.engine_loader.LoadedModel)."""
 
-    def __init__(self, loaded, num_rows: int, max_tokens: int, cores: list[int] | None = None):
+    def __init__(
+        self,
+        loaded,
+        num_rows: int,
+        max_tokens: int,
+        cores: list[int] | None = None,
+        uses_graphs: bool = False,
+        step_tokens: int = CHUNK_TOKENS,
+    ):
         """``max_tokens``: of each row, and of the longest step's share of it. ``cores``: what the lane's workers are
-        bound to; None: ``loaded.device.threads`` workers, bound to none."""
+        bound to; None: ``loaded.device.threads`` workers, bound to none. ``uses_graphs``: a GPU's lane replays graphs,
+        as an engine's does. ``step_tokens``: of the largest step."""
         plan = loaded.kv_plan
         self.loaded = loaded
         self.num_rows = num_rows
@@ -26,8 +35,14 @@ class StepRunner:
             num_rows, plan.max_model_len, plan.num_groups, plan.page_size, loaded.config.vocab_size
         )
         self._completions = _native.CompletionQueue()
-        self._lane = loaded.device.lane(0, self._completions, cores)
-        self._frame = _native.Frame(loaded.program, self._arena, self._rows, max(CHUNK_TOKENS, num_rows), num_rows)
+        self._lane = (
+            loaded.device.engine_lane(0, self._completions, num_rows)
+            if uses_graphs
+            else loaded.device.lane(0, self._completions, cores)
+        )
+        self._frame = _native.Frame(
+            loaded.program, self._arena, self._rows, max(CHUNK_TOKENS, step_tokens, num_rows), num_rows
+        )
         greedy = _native.SamplingParams()
         greedy.temperature = 0.0
         rng = np.random.default_rng(0)

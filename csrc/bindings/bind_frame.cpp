@@ -126,6 +126,13 @@ void register_frames(py::module_& module) {
           py::arg("embeddings"))
       .def_property_readonly("cursor", &Frame::cursor)
       .def_property_readonly("num_tokens", &Frame::num_tokens)
+      .def_property_readonly(
+          "num_shared_prefixes",
+          [](const Frame& frame) {
+            const auto* on_gpu = dynamic_cast<const GpuFrame*>(&frame);
+            return on_gpu ? on_gpu->num_shared_prefixes() : 0;
+          },
+          "On a GPU: runs of the step's requests whose first pages are read once for all of them.")
       .def_property_readonly("score_pairs", [](const Frame& frame) { return frame.shape().score_pairs; })
       .def(
           "sampled_tokens",

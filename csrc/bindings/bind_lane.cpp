@@ -102,6 +102,16 @@ void register_lanes(py::module_& module) {
           py::arg("frame"), py::arg("first_node"), py::arg("last_node"), "As Lane.submit.")
       .def("request_stop", &GpuLane::request_stop, py::arg("ticket"),
            "Asks a range to stop before the next node that is not launched yet.")
+      .def(
+          "capture_graphs",
+          [](GpuLane& lane, const std::shared_ptr<Frame>& frame) {
+            auto on_gpu = std::dynamic_pointer_cast<GpuFrame>(frame);
+            PARTITA_CHECK(on_gpu != nullptr, "frame: got the CPU's, wanted one of this lane's device");
+            return lane.capture_graphs(std::move(on_gpu));
+          },
+          py::arg("frame"),
+          "Queues the capture of every row bucket's decode graph, in a frame that no step was prepared in; returns a "
+          "ticket.")
       .def("set_tracing", &GpuLane::set_tracing, py::arg("on"));
   module.def("decode_buckets", &decode_buckets, py::arg("most"), "Row counts for which decode graphs are captured.");
 

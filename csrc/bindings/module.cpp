@@ -16,6 +16,7 @@ PYBIND11_MODULE(_native, module) {
   register_core(module);
   register_cuda(module);
   register_gpu(module);
+  register_device_test(module);
   register_gemm(module);
   register_packed_layout(module);
   register_gemm_gpu(module);

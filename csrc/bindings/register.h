@@ -8,6 +8,7 @@ namespace partita::bindings {
 void register_core(pybind11::module_& module);
 void register_cuda(pybind11::module_& module);
 void register_gpu(pybind11::module_& module);
+void register_device_test(pybind11::module_& module);
 void register_gemm(pybind11::module_& module);
 void register_packed_layout(pybind11::module_& module);
 void register_gemm_gpu(pybind11::module_& module);

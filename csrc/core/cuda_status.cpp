@@ -90,6 +90,7 @@ CudaStatus query_status() {
     status.reason = concat("device 0, ", status.devices[0].name, ", has compute capability ",
                            status.devices[0].compute_capability_major, ".", status.devices[0].compute_capability_minor,
                            ", wanted at least 8.0");
+  if (status.reason.empty() && library.num_devices == 0) status.reason = library.reason;
   return status;
 }
 

@@ -16,6 +16,8 @@
 namespace partita {
 namespace {
 
+constexpr int kVectorBytes = 16;
+
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 int64_t channel_blocks(const CanonicalWeight& w) { return round_up(w.out_features, kPackedChannels) / kPackedChannels; }
@@ -30,29 +32,30 @@ bool is_half(GpuActivations activations) {
 
 // ---- the permutation
 
-// Visits every element of a matrix in the order of packed memory: visit(n, k, byte of a lane's vector, bit offset in
-// the vector), n and k up to the padded sizes.
+// Visits the lanes' vectors of a channel block in the order of packed memory: visit(byte offset of the vector, first
+// channel of its fragment, first k, lane).
 template <int kCodeBits, int kActivationBytes, typename Visit>
-void for_each_packed(int64_t channel_block, int64_t num_k_blocks, const Visit& visit) {
-  constexpr int kStepK = fragment_k(kActivationBytes);
-  constexpr int kSteps = steps_per_vector(kCodeBits, kActivationBytes);
+void for_each_vector(int64_t channel_block, int64_t num_k_blocks, const Visit& visit) {
   constexpr int kVectors = vectors_per_block(kCodeBits);
+  int64_t offset = channel_block * num_k_blocks * kFragmentsPerBlock * kVectors * 32 * kVectorBytes;
   for (int64_t k_block = 0; k_block < num_k_blocks; ++k_block)
     for (int f = 0; f < kFragmentsPerBlock; ++f)
       for (int vector = 0; vector < kVectors; ++vector)
-        for (int lane = 0; lane < 32; ++lane) {
-          const int64_t offset =
-              ((((channel_block * num_k_blocks + k_block) * kFragmentsPerBlock + f) * kVectors + vector) * 32 + lane) *
-              16;
-          for (int step = 0; step < kSteps; ++step)
-            for (int reg = 0; reg < 4; ++reg)
-              for (int element = 0; element < 4 / kActivationBytes; ++element) {
-                const FragmentElement at = fragment_coordinates(lane, reg, element, kActivationBytes);
-                visit(channel_block * kPackedChannels + f * kFragmentChannels + at.channel,
-                      k_block * kPackedInputs + (vector * kSteps + step) * kStepK + at.k, offset,
-                      packed_bit(kCodeBits, kActivationBytes, step, reg, element));
-              }
-        }
+        for (int lane = 0; lane < 32; ++lane, offset += kVectorBytes)
+          visit(offset, channel_block * kPackedChannels + f * kFragmentChannels,
+                k_block * kPackedInputs + vector * (kPackedInputs / kVectors), lane);
+}
+
+// Visits the elements of a lane's vector: visit(channel in the fragment, k in the vector, bit offset).
+template <int kCodeBits, int kActivationBytes, typename Visit>
+void for_each_element(int lane, const Visit& visit) {
+  for (int step = 0; step < steps_per_vector(kCodeBits, kActivationBytes); ++step)
+    for (int reg = 0; reg < 4; ++reg)
+      for (int element = 0; element < 4 / kActivationBytes; ++element) {
+        const FragmentElement at = fragment_coordinates(lane, reg, element, kActivationBytes);
+        visit(at.channel, step * fragment_k(kActivationBytes) + at.k,
+              packed_bit(kCodeBits, kActivationBytes, step, reg, element));
+      }
 }
 
 // code(n, k) gives the bits of an element, also where n or k is padding.
@@ -60,14 +63,13 @@ template <int kCodeBits, int kActivationBytes, typename Code>
 void pack_codes(const CanonicalWeight& w, std::byte* out, const Code& code) {
   const int64_t num_k_blocks = k_blocks(w);
   parallel_for(channel_blocks(w), 0, [&](int64_t block, int) {
-    for_each_packed<kCodeBits, kActivationBytes>(
-        block, num_k_blocks, [&](int64_t n, int64_t k, int64_t offset, int bit) {
-          // Bits are set in zeroed memory; a code never straddles a byte pair.
-          uint16_t word;
-          std::byte* target = out + offset + bit / 16 * 2;
-          std::memcpy(&word, target, 2);
-          word = static_cast<uint16_t>(word | (static_cast<uint32_t>(code(n, k)) << (bit % 16)));
-          std::memcpy(target, &word, 2);
+    for_each_vector<kCodeBits, kActivationBytes>(
+        block, num_k_blocks, [&](int64_t offset, int64_t n, int64_t k, int lane) {
+          uint64_t words[2] = {0, 0};  // a code straddles no word
+          for_each_element<kCodeBits, kActivationBytes>(lane, [&](int channel, int input, int bit) {
+            words[bit / 64] |= static_cast<uint64_t>(code(n + channel, k + input)) << (bit % 64);
+          });
+          std::memcpy(out + offset, words, sizeof words);
         });
   });
 }
@@ -75,12 +77,15 @@ void pack_codes(const CanonicalWeight& w, std::byte* out, const Code& code) {
 template <int kCodeBits, int kActivationBytes, typename Store>
 void unpack_codes(const CanonicalWeight& w, const std::byte* packed, const Store& store) {
   for (int64_t block = 0; block < channel_blocks(w); ++block)
-    for_each_packed<kCodeBits, kActivationBytes>(
-        block, k_blocks(w), [&](int64_t n, int64_t k, int64_t offset, int bit) {
-          if (n >= w.out_features || k >= w.in_features) return;
-          uint16_t word;
-          std::memcpy(&word, packed + offset + bit / 16 * 2, 2);
-          store(n, k, static_cast<uint16_t>(word >> (bit % 16) & ((1u << kCodeBits) - 1)));
+    for_each_vector<kCodeBits, kActivationBytes>(
+        block, k_blocks(w), [&](int64_t offset, int64_t n, int64_t k, int lane) {
+          uint64_t words[2];
+          std::memcpy(words, packed + offset, sizeof words);
+          for_each_element<kCodeBits, kActivationBytes>(lane, [&](int channel, int input, int bit) {
+            if (n + channel < w.out_features && k + input < w.in_features)
+              store(n + channel, k + input,
+                    static_cast<uint16_t>(words[bit / 64] >> (bit % 64) & ((1u << kCodeBits) - 1)));
+          });
         });
 }
 

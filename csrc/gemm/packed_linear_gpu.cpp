@@ -38,6 +38,7 @@ struct LayoutChoice {
   double score = 0;  // log of the predicted microseconds, over the numbers of tokens below
 };
 constexpr int64_t kScoredTokens[] = {1, 16, 128, 1024};
+constexpr double kOwnClassPenalty = 1e3;
 
 PackedWeightView shape_view(const CanonicalWeight& weight, const PackedLayout& layout, bool is_gate_interleaved,
                             int64_t out_features) {
@@ -229,7 +230,11 @@ class GpuLinear final : public GpuPackedLinear {
       for (const GemmKernel* kernel : kernels) {
         if (std::string(kernel->layout) != layout->id) continue;
         if (kernel->activations == activations) is_compiled = true;
-        const std::string why = rejection(*kernel, problem_of(choice.view));
+        GemmProblem problem = problem_of(choice.view);
+        // simt stands for any architecture, but takes code for one alone only when it is named.
+        if (problem.device.world == "simt" && is_named(*kernel, choice.view))
+          problem.device.compute_capability = kernel->min_compute_capability;
+        const std::string why = rejection(*kernel, problem);
         if (why.empty())
           choice.candidates.push_back(kernel);
         else if (kernel->activations == activations)
@@ -247,16 +252,20 @@ class GpuLinear final : public GpuPackedLinear {
     return choices;
   }
 
+  bool is_named(const GemmKernel& kernel, const PackedWeightView& view) const {
+    return std::any_of(table_.begin(), table_.end(), [&](const TableLine& line) {
+      return line.out_features == view.out_features && line.in_features == view.in_features &&
+             line.kernel == kernel.info.name;
+    });
+  }
+
   // A kernel that the table names for this shape brings its layout, whatever it would cost.
   bool keep_named(std::vector<LayoutChoice>* choices) const {
-    for (const TableLine& line : table_)
-      for (const LayoutChoice& choice : *choices) {
-        if (line.out_features != choice.view.out_features || line.in_features != choice.view.in_features) continue;
-        for (const GemmKernel* candidate : choice.candidates) {
-          if (line.kernel != candidate->info.name) continue;
-          *choices = std::vector<LayoutChoice>{LayoutChoice(choice)};
-          return true;
-        }
+    for (const LayoutChoice& choice : *choices)
+      for (const GemmKernel* candidate : choice.candidates) {
+        if (!is_named(*candidate, choice.view)) continue;
+        *choices = std::vector<LayoutChoice>{LayoutChoice(choice)};
+        return true;
       }
     return false;
   }
@@ -281,7 +290,8 @@ class GpuLinear final : public GpuPackedLinear {
           "never ran anywhere while one that simt runs fits");
   }
 
-  // Batch invariance: all candidates of a layout sum an output alike. The class that costs least stays.
+  // Batch invariance: all candidates of a layout sum an output alike. The class that costs least stays; one kernel of
+  // an order of its own, good at one number of tokens only, is the last resort.
   void keep_one_class(std::vector<LayoutChoice>* choices, std::string* notes) const {
     for (LayoutChoice& choice : *choices) {
       LayoutChoice best;
@@ -292,7 +302,7 @@ class GpuLinear final : public GpuPackedLinear {
           if (candidate->accumulation == first->accumulation &&
               (first->accumulation != GemmKernel::kOwn || candidate == first))
             of_class.candidates.push_back(candidate);
-        of_class.score = score(of_class);
+        of_class.score = score(of_class) + (first->accumulation == GemmKernel::kOwn ? kOwnClassPenalty : 0);
         if (!best.layout || of_class.score < best.score) best = of_class;
       }
       for (const GemmKernel* candidate : choice.candidates)

@@ -19,19 +19,37 @@ constexpr double kCombineMicroseconds = 1.5;       // fence, counter and the sec
 constexpr double kL2OverMemory = 2.5;              // bandwidths
 constexpr double kUnknownBandwidth = 1500.0;       // GB/s
 constexpr double kReachableBandwidth = 0.92;       // of the data sheet's
+constexpr double kLanesPerSm = 128;                // instructions of a lane that an SM issues per cycle
+constexpr double kLaneShare = 0.5;                 // of them left to decoding, beside MMA, ldmatrix and addresses
 constexpr double kNaiveMicrosecondsPerMac = 2e-6;  // per SM: far above any other candidate
 
-// Dense 16-bit operations (2 per multiply-add) of an SM per microsecond through mma.sync, at each chip's boost clock
-// and the share of it that a good loop reaches.
+double megahertz(int compute_capability) {  // boost clocks, rounded
+  return compute_capability >= 120 ? 2400 : compute_capability >= 90 ? 1700 : compute_capability >= 86 ? 2200 : 1400;
+}
+
+// Dense 16-bit operations (2 per multiply-add) of an SM per microsecond through mma.sync, and the share of them that a
+// good loop reaches. On 9.0 wgmma alone reaches the rest.
 double operations_per_sm_microsecond(int compute_capability, int activation_bytes) {
-  double operations_per_cycle = 2048, megahertz = 1400, share = 0.80;  // 8.0
-  if (compute_capability >= 120)
-    operations_per_cycle = 1024, megahertz = 2400;
-  else if (compute_capability >= 90)
-    operations_per_cycle = 4096, megahertz = 1700, share = 0.60;  // wgmma alone reaches the rest
-  else if (compute_capability >= 86)
-    operations_per_cycle = 1024, megahertz = 2200;
-  return operations_per_cycle * megahertz * share * (activation_bytes == 1 ? 2 : 1);
+  const bool is_datacentre = compute_capability == 80 || (compute_capability >= 90 && compute_capability < 120);
+  const double per_cycle = !is_datacentre ? 1024 : compute_capability >= 90 ? 4096 : 2048;
+  const double share = is_datacentre && compute_capability >= 90 ? 0.60 : 0.80;
+  return per_cycle * megahertz(compute_capability) * share * (activation_bytes == 1 ? 2 : 1);
+}
+
+// Lane instructions that make an MMA element of a packed code, from weight_decode.cuh; each warp along tokens pays
+// them.
+double decode_instructions(const GemmKernel& kernel) {
+  switch (kernel.scaling) {
+    case WeightScaling::kGroup:
+      if (kernel.codes == WeightCodes::kU4) return kernel.activations == GpuActivations::kF16 ? 1.7 : 1.9;
+      return kernel.activations == GpuActivations::kF16 ? 1.6 : 3.1;
+    case WeightScaling::kGroupSum:
+      return 0.1 + 0.5 * kernel.tile_tokens / 8 / kernel.warps_tokens;  // 8 for each MMA of 512 weights, 16 per lane
+    case WeightScaling::kTwoLevel:
+      return 0.9;
+    default:
+      return kernel.codes == WeightCodes::kU4 ? 0.4 : 0.1;
+  }
 }
 
 double bytes_per_weight(const GemmKernel& kernel, const PackedWeightView& weight) {
@@ -133,6 +151,8 @@ double predicted_microseconds(const GemmKernel& kernel, const GemmProblem& probl
   const double sm_rate =
       operations_per_sm_microsecond(problem.device.compute_capability, gpu_activation_bytes(problem.activations));
   const double tile_operations = 2.0 * kernel.tile_channels * kernel.tile_tokens * tile_k;
+  const double lane_rate = kLanesPerSm * kLaneShare * megahertz(problem.device.compute_capability);
+  const double tile_decode = kernel.tile_channels * tile_k * decode_instructions(kernel) * kernel.warps_tokens;
   const int64_t token_tiles = divide_up(num_tokens, kernel.tile_tokens);
 
   double total = kLaunchMicroseconds;
@@ -145,7 +165,7 @@ double predicted_microseconds(const GemmKernel& kernel, const GemmProblem& probl
     const double in_time = active * in_flight / kLatencyMicroseconds;  // bytes per microsecond that are on their way
     const double memory_time = std::max({from_memory / memory, through_l2 / l2, through_l2 / in_time});
     const double ctas_on_busiest = std::ceil(static_cast<double>(active) / num_sms);
-    const double arithmetic_time = ctas_on_busiest * tile_operations / sm_rate;
+    const double arithmetic_time = ctas_on_busiest * std::max(tile_operations / sm_rate, tile_decode / lane_rate);
     total += repeats * (kLatencyMicroseconds + std::max(memory_time, arithmetic_time));
     begin += (repeats - 1) * slots;
   }

@@ -5,7 +5,8 @@
 //   launch + waves * (fill + max(memory, arithmetic of a wave)) + combine
 // memory: a wave's bytes of weights (once from memory, further token tiles from L2) and activations (from L2) at the
 // device's bandwidth or at what the copies in flight of the wave's CTAs allow, whichever is less; arithmetic: the
-// padded tile at the tensor cores' rate (of mma.sync) shared by an SM's CTAs; combine: partials through L2.
+// padded tile at the tensor cores' rate (of mma.sync), or decoding its weights at the lanes', shared by an SM's CTAs;
+// combine: partials through L2.
 //
 // A stored table overrides it: text, one choice a line, `#` begins a comment:
 //   <out_features> <in_features> <max_tokens> <kernel> <num_splits>

@@ -9,6 +9,12 @@
 #include "core/float16.h"
 
 namespace partita {
+namespace {
+
+// A shared pass costs a partial result and a merge for every row: some hundred tokens' worth of reading.
+constexpr int64_t kMinSharedTokens = 512;
+
+}  // namespace
 
 GpuStepLimits GpuFrame::step_limits(const Program& program, int num_rows, int64_t max_context, int num_groups,
                                     int page_size, int64_t max_tokens, int64_t max_logit_rows) {
@@ -49,12 +55,45 @@ void GpuFrame::build_step() {
     features_ = features_ | GpuSamplingFeatures::of(sampling);
     wants_top_ |= sampling.num_logprobs > 0;
   }
+  find_shared_prefixes();
   for (const ProgramAttention& plan : program_->attention_plans()) {
     double pairs = 0;
     const int64_t window = plan.layout.window > 0 ? plan.layout.window : row_store_->max_tokens();
     for (int64_t t = 0; t < num_tokens(); ++t)
       pairs += static_cast<double>(std::min<int64_t>(token_positions()[t] + 1, window));
     shape_.score_pairs = std::max(shape_.score_pairs, pairs);
+  }
+}
+
+// Runs of neighbouring requests of which each begins with at least kMinSharedTokens of the first one's pages. Not where
+// a token's result must not depend on its neighbours, nor in groups with a window, whose pages go out of sight.
+void GpuFrame::find_shared_prefixes() {
+  shared_prefixes_.assign(limits_.num_groups, {});
+  shared_prefix_bytes_ = 0;
+  num_shared_prefixes_ = 0;
+  if (program_->is_batch_invariant() || num_requests() < 2) return;
+  const int page_size = limits_.page_size, num_rows = static_cast<int>(num_requests());
+  const int64_t least = (kMinSharedTokens + page_size - 1) / page_size;
+  for (int group = 0; group < limits_.num_groups; ++group) {
+    if (arena_->groups()[group].window > 0) continue;
+    const auto table = [&](int r) { return row_store_->page_table(step_rows()[r].row, group); };
+    for (int first = 0; first + 1 < num_rows;) {
+      int64_t shared = step_rows()[first].start / page_size;  // pages before its first query
+      int end = first + 1;
+      for (; end < num_rows && shared >= least; ++end) {
+        const int64_t most = std::min<int64_t>(shared, step_rows()[end].start / page_size);
+        int64_t common = 0;
+        while (common < most && table(first)[common] == table(end)[common]) ++common;
+        if (common < least) break;
+        shared = common;
+      }
+      if (end - first >= 2) {
+        shared_prefixes_[group].push_back({first, end - first, shared * page_size});
+        shared_prefix_bytes_ += static_cast<double>((end - first - 1) * shared) * arena_->groups()[group].page_bytes();
+        ++num_shared_prefixes_;
+      }
+      first = end;
+    }
   }
 }
 
@@ -79,7 +118,9 @@ GpuRun GpuFrame::stage(std::shared_ptr<GpuFrameMemory> memory, int graph_rows, G
   const int num_groups = limits_.num_groups, page_size = limits_.page_size;
 
   // Plans first: the layout follows from how long their tables are. Padding is requests of one token, at no place.
-  std::vector<int32_t> cu_seqlens(cu_seqlens_q(), cu_seqlens_q() + num_requests() + 1);
+  // So is a whole step for which nothing was prepared.
+  std::vector<int32_t> cu_seqlens(1, 0);
+  if (num_requests() > 0) cu_seqlens.assign(cu_seqlens_q(), cu_seqlens_q() + num_requests() + 1);
   std::vector<int32_t> starts(context_starts(), context_starts() + num_requests());
   for (int64_t r = num_requests(); r < graph_rows; ++r) {
     cu_seqlens.push_back(cu_seqlens.back() + 1);
@@ -95,9 +136,12 @@ GpuRun GpuFrame::stage(std::shared_ptr<GpuFrameMemory> memory, int graph_rows, G
     sizes.page_table_stride =
         std::max<int64_t>(sizes.page_table_stride, (step_row.start + step_row.num_tokens - 1) / page_size + 1);
   if (is_graph) sizes.page_table_stride = limits_.max_pages();
-  for (GpuAttentionPlan& plan : plans_) {
-    plan.build(static_cast<int>(sizes.num_requests), cu_seqlens.data(), starts.data(),
-               plan_options(num_ctas, graph_rows));
+  for (size_t i = 0; i < plans_.size(); ++i) {
+    GpuAttentionPlan& plan = plans_[i];
+    GpuPlanOptions options = plan_options(num_ctas, graph_rows);
+    if (!is_graph && num_shared_prefixes_ > 0)
+      options.shared_prefixes = shared_prefixes_[program_->attention_plans()[i].group];
+    plan.build(static_cast<int>(sizes.num_requests), cu_seqlens.data(), starts.data(), options);
     sizes.plan_entries.push_back(static_cast<int64_t>(plan.tables().size()));
   }
   layout_ = std::make_unique<GpuStepLayout>(sizes);

@@ -28,6 +28,10 @@ class GpuFrame final : public Frame {
   // Every row decodes one token, samples it, and nothing else is asked: what a captured graph can do.
   bool is_plain_decode() const;
   GpuSamplingFeatures features() const { return features_; }
+  // Bytes of pages that a plain step reads less often than a graph would, because requests that follow each other in it
+  // begin with the same pages and its attention reads those once for all of them.
+  double shared_prefix_bytes() const { return shared_prefix_bytes_; }
+  int num_shared_prefixes() const { return num_shared_prefixes_; }
   // Fills the staging block for a run in `memory` (null: its own), over `graph_rows` rows where that is more than 0,
   // and returns what the ops launch with.
   GpuRun stage(std::shared_ptr<GpuFrameMemory> memory, int graph_rows, GpuStream stream, int num_ctas);
@@ -41,6 +45,7 @@ class GpuFrame final : public Frame {
 
  private:
   void build_step() override;
+  void find_shared_prefixes();
   GpuPlanOptions plan_options(int num_ctas, int graph_rows) const;
 
   std::shared_ptr<Gpu> gpu_;
@@ -52,6 +57,9 @@ class GpuFrame final : public Frame {
   std::unique_ptr<GpuStepLayout> layout_;
   GpuRun run_;
   GpuSamplingFeatures features_;
+  std::vector<std::vector<GpuSharedPrefix>> shared_prefixes_;  // [groups]
+  double shared_prefix_bytes_ = 0;
+  int num_shared_prefixes_ = 0;
   bool wants_top_ = false;
   bool has_results_ = false;
 };

@@ -57,6 +57,8 @@ GpuFrameMemory::Places::Places(const Program& program, const GpuStepLimits& limi
   size_t attention_bytes = 0;
   // A graph's tables follow from its bucket; a bucket may want more than the next larger one.
   std::vector<GpuPlanOptions> wanted(1);
+  // Plans of plain steps may read shared prefixes apart, which makes more parts.
+  if (!limits.is_batch_invariant) wanted[0].shared_prefixes.push_back({0, 2, limits.page_size});
   if (limits.graph_rows > 0) {
     wanted.clear();
     for (int rows : decode_buckets(limits.graph_rows)) {

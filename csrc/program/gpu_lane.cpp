@@ -9,6 +9,12 @@
 #include "core/check.h"
 
 namespace partita {
+namespace {
+
+// Of one node: about two launches. Not measured; a launch takes the host some microseconds on every machine.
+constexpr double kPlainLaunchSeconds = 5e-6;
+
+}  // namespace
 
 class GpuLaneExecution {
  public:
@@ -84,6 +90,19 @@ uint64_t GpuLane::submit(std::shared_ptr<GpuFrame> frame, int first, int last) {
   PARTITA_CHECK(frame != nullptr, "frame: got none");
   PARTITA_CHECK(frame->program().gpu() == gpu_, "frame: its program is of another device than the lane");
   claim_range(*frame, first, last);
+  return enqueue(std::move(frame), first, last);
+}
+
+uint64_t GpuLane::capture_graphs(std::shared_ptr<GpuFrame> frame) {
+  PARTITA_CHECK(frame != nullptr, "frame: got none");
+  PARTITA_CHECK(frame->program().gpu() == gpu_, "frame: its program is of another device than the lane");
+  PARTITA_CHECK(options_.max_graph_rows > 0, "capture_graphs: the lane was made without graphs");
+  PARTITA_CHECK(frame->num_tokens() == 0, "frame: got one with a step, wanted one without");
+  PARTITA_CHECK(!frame->is_busy.exchange(true), "frame: is busy");
+  return enqueue(std::move(frame), 0, 0);
+}
+
+uint64_t GpuLane::enqueue(std::shared_ptr<GpuFrame> frame, int first, int last) {
   uint64_t ticket;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -151,6 +170,7 @@ void GpuLane::reserve_launch() {
 void GpuLane::launch(GpuLaneExecution& execution) {
   GpuFrame& frame = *execution.frame;
   if (execution.stop_requested.load()) return;
+  if (execution.last == 0) return capture_all(execution);
   if (replay_graph(execution)) return;
   const GpuStream stream = options_.stream;
   reserve_launch();
@@ -193,27 +213,33 @@ void GpuLane::launch_nodes(GpuLaneExecution& execution, const GpuRun& run, int f
 
 // ---------------------------------------------------------------- graphs
 
+void GpuLane::prepare_graph_memory(const GpuFrame& frame) {
+  if (graph_memory_) return;
+  const int most = static_cast<int>(std::min<int64_t>(options_.max_graph_rows, frame.max_logit_rows()));
+  GpuStepLimits limits =
+      GpuFrame::step_limits(frame.program(), frame.row_store().num_rows(), frame.row_store().max_tokens(),
+                            static_cast<int>(frame.arena().groups().size()), frame.arena().page_size(), most, most);
+  limits.graph_rows = most;
+  limits.max_requests = most;
+  graph_memory_ = std::make_shared<GpuFrameMemory>(frame.program(), limits);
+  graph_program_ = frame.shared_program();
+}
+
 // Runs the step as one graph where it is a decode step of few enough rows; returns whether it did.
 bool GpuLane::replay_graph(GpuLaneExecution& execution) {
   GpuFrame& frame = *execution.frame;
   const int num_nodes = frame.program().num_nodes();
   if (execution.first != 0 || execution.last != num_nodes || options_.max_graph_rows == 0) return false;
   if (execution.is_traced) return false;  // a graph has no nodes to show
-  const int most = static_cast<int>(std::min<int64_t>(options_.max_graph_rows, frame.max_logit_rows()));
-  if (!frame.is_plain_decode() || frame.num_requests() > most) return false;
+  // What launching node by node takes longer than a graph; where reading shared pages once saves more, that is better.
+  const double plain_s = kPlainLaunchSeconds * num_nodes, bytes_per_s = gpu_->properties().memory_gb_per_second * 1e9;
+  if (bytes_per_s > 0 && frame.shared_prefix_bytes() > plain_s * bytes_per_s) return false;
+  if (!frame.is_plain_decode() || frame.num_requests() > options_.max_graph_rows) return false;
   if (graph_program_ && graph_program_ != frame.shared_program()) return false;  // graphs are of one program
-  if (!graph_memory_) {
-    GpuStepLimits limits =
-        GpuFrame::step_limits(frame.program(), frame.row_store().num_rows(), frame.row_store().max_tokens(),
-                              static_cast<int>(frame.arena().groups().size()), frame.arena().page_size(), most, most);
-    limits.graph_rows = most;
-    limits.max_requests = most;
-    graph_memory_ = std::make_shared<GpuFrameMemory>(frame.program(), limits);
-    graph_program_ = frame.shared_program();
-  }
+  prepare_graph_memory(frame);
   const std::vector<int> buckets = decode_buckets(graph_memory_->limits().graph_rows);
+  if (frame.num_requests() > buckets.back()) return false;
   const int rows = *std::lower_bound(buckets.begin(), buckets.end(), static_cast<int>(frame.num_requests()));
-  if (rows < frame.num_requests()) return false;
 
   const GpuStream stream = options_.stream;
   reserve_launch();
@@ -221,33 +247,38 @@ bool GpuLane::replay_graph(GpuLaneExecution& execution) {
   const GpuRun run = frame.stage(graph_memory_, rows, stream, options_.num_ctas);
   execution.begin = execution.mark(stream);
   frame.upload(run);
-  const GpuSamplingFeatures features = run.features;
-  GpuGraph& graph = graphs_[{rows, features.adjusts, features.draws, features.logprobs}];
-  if (graph) {
-    gpu_->launch_graph(graph, stream);
+  const GraphKey key{rows, run.features.adjusts, run.features.draws, run.features.logprobs};
+  const auto found = graphs_.find(key);
+  if (found == graphs_.end()) {
+    capture(execution, run, key);
+  } else {
+    gpu_->launch_graph(found->second, stream);
     num_graph_steps_.fetch_add(1);
     gpu_->record(window_[num_launched_ % window_.size()], stream);
     ++num_launched_;
-    execution.cursor = num_nodes;
-    frame.download_results(run);
-    return true;
   }
-  // The first step of its kind runs node by node, in the graph's memory: kernels are loaded by their first launch,
-  // which must not lie within a capture. It is not stopped, because nothing may rest in memory that the lane's next
-  // decode step takes. Then it is captured, which runs nothing, for the steps that follow.
-  launch_nodes(execution, run, 0, num_nodes, /*is_stoppable=*/false);
+  execution.cursor = num_nodes;
   frame.download_results(run);
-  gpu_->begin_capture(stream);
+  return true;
+}
+
+// Runs a staged step node by node in the graphs' memory, because a kernel is loaded by its first launch, which must not
+// lie within a capture; then captures the same launches, which runs nothing. The step is not stopped in between:
+// nothing may rest in memory that the lane's next decode step takes.
+void GpuLane::capture(GpuLaneExecution& execution, const GpuRun& run, const GraphKey& key) {
+  const auto& nodes = execution.frame->program().nodes();
+  launch_nodes(execution, run, 0, static_cast<int>(nodes.size()), /*is_stoppable=*/false);
+  gpu_->begin_capture(run.stream);
   std::exception_ptr failure;
   try {
-    for (const Node& node : frame.program().nodes())
+    for (const Node& node : nodes)
       if (node.gpu_op->has_work(run)) node.gpu_op->launch(run);
   } catch (...) {
     failure = std::current_exception();
   }
   GpuGraph captured = nullptr;
   try {
-    captured = gpu_->end_capture(stream);
+    captured = gpu_->end_capture(run.stream);
   } catch (...) {
     if (!failure) failure = std::current_exception();
   }
@@ -255,9 +286,24 @@ bool GpuLane::replay_graph(GpuLaneExecution& execution) {
     if (captured) gpu_->destroy_graph(captured);
     std::rethrow_exception(failure);
   }
-  graph = captured;
+  graphs_[key] = captured;
   num_graphs_.fetch_add(1);
-  return true;
+}
+
+void GpuLane::capture_all(GpuLaneExecution& execution) {
+  GpuFrame& frame = *execution.frame;
+  prepare_graph_memory(frame);
+  for (int rows : decode_buckets(graph_memory_->limits().graph_rows))
+    for (bool draws : {false, true}) {
+      const GraphKey key{rows, false, draws, false};
+      if (graphs_.count(key)) continue;
+      gpu_->synchronize(options_.stream);  // the staging block is written anew
+      GpuRun run = frame.stage(graph_memory_, rows, options_.stream, options_.num_ctas);
+      run.features = {false, draws, false};
+      frame.upload(run);
+      capture(execution, run, key);
+    }
+  execution.cursor = 0;
 }
 
 // ---------------------------------------------------------------- finishing
@@ -286,8 +332,8 @@ void GpuLane::finish(GpuLaneExecution& execution) {
   } catch (const std::exception& error) {
     if (execution.error.empty()) {
       const auto& nodes = frame.program().nodes();
-      execution.error = concat(nodes[execution.first].name, " to ",
-                               nodes[std::max(execution.first, execution.cursor - 1)].name, ": ", error.what());
+      const int last = std::max(execution.first, execution.cursor - 1);
+      execution.error = concat(nodes[execution.first].name, " to ", nodes[last].name, ": ", error.what());
     }
   }
   Completion completion;

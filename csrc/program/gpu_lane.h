@@ -47,6 +47,10 @@ class GpuLane {
   // As Lane's. A stop takes effect before the next node that is not launched yet.
   uint64_t submit(std::shared_ptr<GpuFrame> frame, int first, int last);
   void request_stop(uint64_t ticket);
+  // Queues the capture of every row bucket's decode graph, for greedy rows and for rows that draw, as steps of nothing
+  // but padding in this frame's staging block; otherwise a graph is captured when a step first wants it. Its completion
+  // has no nodes. Throws ValueError when the frame is busy or the lane has no graphs.
+  uint64_t capture_graphs(std::shared_ptr<GpuFrame> frame);
   // With tracing on, every step is launched node by node: a graph has no nodes to show.
   void set_tracing(bool on) { is_tracing_.store(on); }
 
@@ -59,6 +63,10 @@ class GpuLane {
   void launch(GpuLaneExecution& execution);
   void launch_nodes(GpuLaneExecution& execution, const GpuRun& run, int first, int last, bool is_stoppable);
   bool replay_graph(GpuLaneExecution& execution);
+  void prepare_graph_memory(const GpuFrame& frame);
+  void capture_all(GpuLaneExecution& execution);
+  void capture(GpuLaneExecution& execution, const GpuRun& run, const GraphKey& key);
+  uint64_t enqueue(std::shared_ptr<GpuFrame> frame, int first, int last);
   void reserve_launch();
   void finish(GpuLaneExecution& execution);
 

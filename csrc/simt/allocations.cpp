@@ -61,19 +61,18 @@ void GlobalMemory::refresh() {
   const std::lock_guard<std::mutex> lock(g_mutex);
   if (version_ == g_version) return;
   version_ = g_version;
-  begin_ = 1, end_ = 0;
+  for (Range& latest : latest_) latest = {};
   allocations_.clear();
   for (const auto& entry : g_allocations) allocations_.push_back(entry.second);
 }
 
-bool GlobalMemory::find(uintptr_t address, size_t bytes) {
+bool GlobalMemory::find(uintptr_t address, size_t bytes, Range& latest) {
   auto after = std::upper_bound(allocations_.begin(), allocations_.end(), address,
                                 [](uintptr_t a, const Allocation& allocation) { return a < allocation.begin; });
   if (after == allocations_.begin()) return false;
   const Allocation& allocation = *--after;
   if (address + bytes > allocation.end) return false;
-  begin_ = allocation.begin;
-  end_ = allocation.end;
+  latest = {allocation.begin, allocation.end};
   return true;
 }
 

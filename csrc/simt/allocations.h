@@ -17,9 +17,11 @@ struct Allocation {
 class GlobalMemory {
  public:
   void refresh();
-  bool contains(uintptr_t address, size_t bytes) {
-    if (address >= begin_ && address + bytes <= end_) return true;
-    return find(address, bytes);
+  // `code`: the instruction that asks. It mostly touches the same allocation as the last time.
+  bool contains(uintptr_t address, size_t bytes, const void* code) {
+    Range& latest = latest_[(reinterpret_cast<uintptr_t>(code) >> 2) % kNumLatest];
+    if (address >= latest.begin && address + bytes <= latest.end) return true;
+    return find(address, bytes, latest);
   }
   // The library's own constants: tables of kernels.
   bool is_constant(uintptr_t address, size_t bytes) const;
@@ -27,11 +29,15 @@ class GlobalMemory {
   std::string describe(uintptr_t address) const;
 
  private:
-  bool find(uintptr_t address, size_t bytes);
+  struct Range {
+    uintptr_t begin = 1, end = 0;
+  };
+  static constexpr size_t kNumLatest = 256;
+  bool find(uintptr_t address, size_t bytes, Range& latest);
 
   std::vector<Allocation> allocations_;  // by address
   uint64_t version_ = ~uint64_t{0};
-  uintptr_t begin_ = 1, end_ = 0;  // the one used last
+  Range latest_[kNumLatest];  // by instruction
   uintptr_t image_begin_ = 0, image_end_ = 0;
 };
 

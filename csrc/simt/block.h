@@ -87,10 +87,10 @@ struct Collective {
 
 struct Warp {
   Block* block;
-  Thread* threads;  // [32], those of a last, short warp included only up to num_lanes
-  uint32_t index, num_lanes;
-  uint32_t alive, runnable;
-  uint32_t polling;  // runnable lanes that wait for others to write what they poll
+  Thread* threads;  // [32], a last, short warp's last ones unused
+  uint32_t index;
+  uint32_t lanes, alive, runnable;  // it has; of these not ended; of these not waiting
+  uint32_t polling;                 // runnable lanes that wait for others to write what they poll
   Collective pending[kWarpLanes];
   uint32_t num_pending;
   // Lanes gathering for a barrier of the block, to which a warp comes whole.
@@ -105,19 +105,24 @@ struct Warp {
 struct Barrier {
   uint32_t num_warps, num_threads;  // arrived; wanted, 0: all
   uint32_t waiting[kMaxWarps];      // lanes
-  uint32_t arrived_warps;
-  uint32_t release_time[kMaxWarps];
-  int32_t count;  // of true predicates
+  uint32_t joined[kMaxWarps];       // what those who wait will know
+  int32_t count;                    // of true predicates
   int32_t votes;
 };
 
 struct Block {
+  Block();
+  ~Block();
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
   const LaunchRecord* launch;
   Executor* executor;
   Index3 index;
   char* shared;
   size_t shared_bytes;
   uint32_t num_threads, num_warps, num_alive, num_alive_warps;
+  char* stacks;
   Thread threads[kMaxThreads];
   Warp warps[kMaxWarps];
   Barrier barriers[kNumBarriers];

@@ -91,7 +91,7 @@ void complete_vote(Warp& warp, uint32_t lanes, int) {
 
 void complete_sync(Warp& warp, uint32_t lanes, int) {
   Clocks& clocks = warp.block->clocks;
-  if ((warp.alive & ~lanes) == 0)
+  if (lanes == warp.lanes)  // not those that have ended
     clocks.sync_warp(warp.index);
   else
     clocks.sync_lanes(warp.index, lanes);
@@ -138,7 +138,7 @@ void release(Block& block, Barrier& barrier, const Thread& current) {
   if (barrier.num_threads == 0)
     block.clocks.sync_block();
   else
-    block.clocks.sync_warps(waiting_warps, barrier.arrived_warps, barrier.release_time);
+    block.clocks.learn(waiting_warps, barrier.joined);
   for (uint32_t rest = waiting_warps; rest != 0; rest &= rest - 1) {
     Warp& warp = block.warps[__builtin_ctz(rest)];
     const uint32_t lanes = barrier.waiting[warp.index];
@@ -171,8 +171,7 @@ bool warp_arrives(Warp& warp, Thread& current) {
            barrier.num_threads, gather.num_threads);
   barrier.num_threads = static_cast<uint32_t>(gather.num_threads);
   ++barrier.num_warps;
-  barrier.arrived_warps |= 1u << warp.index;
-  barrier.release_time[warp.index] = ++block.clocks.now;
+  block.clocks.arrive(warp.index, barrier.joined);
   const uint32_t own = current.waiting == Waiting::kEnded ? 0 : 1u << current.lane;
   if (gather.is_waiting) {
     barrier.waiting[warp.index] = gather.lanes;

@@ -23,8 +23,6 @@ namespace {
 
 // Blocks that poll each other (a stream-K tile waits for another block's part) must be resident together, as on a GPU.
 constexpr size_t kMaxResidentBlocks = 256;
-constexpr std::chrono::seconds kPollingLimit{60};
-constexpr uint64_t kCanary = 0x7061727469746121u;
 
 std::atomic<uint64_t> g_num_launches{0}, g_num_threads{0}, g_num_checked{0}, g_num_reports{0};
 std::atomic<uint64_t> g_seed{[] {
@@ -36,6 +34,16 @@ bool has_polling(const Block& block) {
   for (uint32_t i = 0; i < block.num_warps; ++i)
     if (block.warps[i].polling != 0) return true;
   return false;
+}
+
+// How long all of a launch's blocks may poll; another OS thread's launch may be what they wait for.
+std::chrono::seconds polling_limit() {
+  static const std::chrono::seconds limit{[] {
+    const char* text = std::getenv("PARTITA_SIMT_POLL_SECONDS");
+    const long seconds = text ? std::strtol(text, nullptr, 10) : 0;
+    return seconds > 0 ? seconds : 60;
+  }()};
+  return limit;
 }
 
 uint64_t scramble(uint64_t x) {
@@ -80,9 +88,6 @@ void run_thread() {
   Thread& thread = *current_thread;
   const LaunchRecord& launch = *thread.block->launch;
   launch.thread_body(launch.arguments.get());
-  uint64_t canary;
-  std::memcpy(&canary, thread.stack_low, sizeof canary);
-  if (canary != kCanary) report(thread, nullptr, "used up its stack of %zu bytes", kStackBytes);
   for (uint32_t i = 0; i < thread.num_copies; ++i)
     report(thread, nullptr, "ended with a cp.async under way to shared memory + %u: no cp_async_wait after it",
            thread.copies[i].shared_offset);
@@ -95,6 +100,28 @@ void run_thread() {
 }
 
 }  // namespace
+
+Block::Block() : shared(map_pages(kMaxSharedBytes)), stacks(map_pages(kMaxThreads * kStackBytes)), threads(), warps() {
+  for (uint32_t i = 0; i < kMaxThreads; ++i) {
+    Thread& thread = threads[i];
+    thread.stack_low = stacks + i * kStackBytes;
+    thread.block = this;
+    thread.lane = i % kWarpLanes;
+    thread.linear_index = i;
+    thread.warp = &warps[i / kWarpLanes];
+  }
+  for (uint32_t i = 0; i < kMaxWarps; ++i) {
+    warps[i].block = this;
+    warps[i].index = i;
+    warps[i].threads = &threads[i * kWarpLanes];
+  }
+}
+
+Block::~Block() {
+  for (Thread& thread : threads) std::free(thread.copies);
+  munmap(shared, kMaxSharedBytes);
+  munmap(stacks, kMaxThreads * kStackBytes);
+}
 
 // ---- services for the running thread -------------------------------------------------------------------------------
 
@@ -244,22 +271,7 @@ void Executor::report_deadlock(Block& block) {
 
 Block& Executor::free_block() {
   if (num_resident_ == blocks_.size()) {
-    auto block = std::unique_ptr<Block>(new Block());
-    char* stacks = map_pages(kMaxThreads * kStackBytes);
-    block->shared = map_pages(kMaxSharedBytes + 4096);
-    for (uint32_t i = 0; i < kMaxThreads; ++i) {
-      Thread& thread = block->threads[i];
-      thread.stack_low = stacks + i * kStackBytes;
-      thread.block = block.get();
-      thread.lane = i % kWarpLanes;
-      thread.linear_index = i;
-      thread.warp = &block->warps[i / kWarpLanes];
-      if (i % kWarpLanes == 0) {
-        thread.warp->threads = &thread;
-        thread.warp->index = i / kWarpLanes;
-        thread.warp->block = block.get();
-      }
-    }
+    auto block = std::make_unique<Block>();
     block->executor = this;
     blocks_.push_back(std::move(block));
   }
@@ -284,8 +296,7 @@ void Executor::start_block(Block& block, Index3 index) {
   for (uint32_t i = 0; i < block.num_warps; ++i) {
     Warp& warp = block.warps[i];
     const uint32_t lanes = std::min(kWarpLanes, block.num_threads - i * kWarpLanes);
-    warp.num_lanes = lanes;
-    warp.alive = warp.runnable = lanes == 32 ? 0xffffffffu : (1u << lanes) - 1;
+    warp.lanes = warp.alive = warp.runnable = lanes == 32 ? 0xffffffffu : (1u << lanes) - 1;
     warp.polling = 0;
     warp.num_pending = 0;
     warp.gather.lanes = 0;
@@ -295,7 +306,6 @@ void Executor::start_block(Block& block, Index3 index) {
     thread.index = {i % extent.x, i / extent.x % extent.y, i / (extent.x * extent.y)};
     thread.waiting = Waiting::kNo;
     thread.num_copies = thread.num_groups = 0;
-    std::memcpy(thread.stack_low, &kCanary, sizeof kCanary);
     // Stacks that began at the same offset of their pages would share a few sets of the cache.
     const size_t offset = i * 7 % 64 * 64;
     thread.fiber = prepare_fiber(thread.stack_low, kStackBytes - offset, &run_thread);
@@ -341,7 +351,7 @@ void Executor::run(const LaunchRecord& record) {
     const auto now = std::chrono::steady_clock::now();
     if (has_ended)
       last_progress = now;
-    else if (now - last_progress > kPollingLimit) {
+    else if (now - last_progress > polling_limit()) {
       has_report = true;
       std::snprintf(report_text, sizeof report_text,
                     "simt: kernel %s: %zu blocks poll memory that nobody writes, among them block (%u, %u, %u)",

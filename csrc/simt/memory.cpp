@@ -16,7 +16,7 @@ const char* name_of(Access kind) {
 
 bool is_shared(const Thread& thread, const void* address) {
   return static_cast<const char*>(address) - thread.block->shared >= 0 &&
-         static_cast<size_t>(static_cast<const char*>(address) - thread.block->shared) < kMaxSharedBytes + 4096;
+         static_cast<size_t>(static_cast<const char*>(address) - thread.block->shared) < kMaxSharedBytes;
 }
 
 bool is_own_stack(const Thread& thread, const void* address) {
@@ -43,7 +43,7 @@ void check_access(Thread& thread, const void* address, size_t bytes, Access kind
     return;
   }
   const auto where = reinterpret_cast<uintptr_t>(address);
-  if (executor.memory.contains(where, bytes)) return;
+  if (executor.memory.contains(where, bytes, code)) return;
   if (kind == Access::kRead && executor.memory.is_constant(where, bytes)) return;
   report_outside(thread, address, bytes, kind, code);
 }
@@ -55,7 +55,7 @@ void check_global(Thread& thread, const void* address, size_t bytes, Access kind
   if (where % bytes != 0)
     report(thread, code, "misaligned %s of %zu bytes at address 0x%zx", name_of(kind), bytes,
            static_cast<size_t>(where));
-  if (executor.memory.contains(where, bytes)) return;
+  if (executor.memory.contains(where, bytes, code)) return;
   if (kind == Access::kRead && executor.memory.is_constant(where, bytes)) return;
   if (is_shared(thread, address))
     report(thread, code, "%s of %zu bytes: got an address in shared memory, wanted global", name_of(kind), bytes);
@@ -249,7 +249,7 @@ void copy_async(void* shared, const void* global, int bytes, int source_bytes) {
     if (where % size != 0)
       report(thread, code, "misaligned cp.async of %d bytes from address 0x%zx", bytes, static_cast<size_t>(where));
     ++thread.block->executor->num_checked;
-    if (!thread.block->executor->memory.contains(where, static_cast<size_t>(source_bytes)))
+    if (!thread.block->executor->memory.contains(where, static_cast<size_t>(source_bytes), code))
       report_outside(thread, global, static_cast<size_t>(source_bytes), Access::kRead, code);
   }
   thread.block->shadow.access(thread, offset, size, Access::kCopyIssue, code);

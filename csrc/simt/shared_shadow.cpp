@@ -11,40 +11,17 @@
 namespace partita::simt {
 namespace {
 
-constexpr uint8_t kInitialised = 1, kInFlight = 2, kSplit = 4, kAtomicWrite = 8;
-constexpr uint16_t kNobody = 0xffff, kReaderSet = 0xfffe, kManyLanes = 0xff;
+constexpr uint8_t kInitialised = 1, kInFlight = 2, kSplit = 4, kAtomics = 8;
+constexpr uint16_t kNobody = 0xffff;
+constexpr uint8_t kNoWarp = 0xff, kManyWarps = 0xfe;
 
-uint32_t warp_of(uint16_t who) { return who >> 8; }
-uint32_t lane_of(uint16_t who) { return who & 0xff; }
+uint32_t linear_index(uint16_t writer) { return (writer >> 8) * kWarpLanes + (writer & 0xff); }
 
-// Whether the warp's `lane` (or all its lanes) is known to have passed `time` by `me` (or by all of its warp).
-bool is_ordered(const Clocks& clocks, uint16_t me, uint16_t other, uint32_t time) {
-  if (time < clocks.block_sync || (me == other && lane_of(me) != kManyLanes)) return true;
-  const uint32_t warp = warp_of(me);
-  if (warp != warp_of(other)) return time < clocks.known[warp][warp_of(other)];
-  if (time < clocks.warp_sync[warp]) return true;
-  if (!clocks.has_lane_known[warp] || lane_of(me) == kManyLanes) return false;
-  const uint32_t* known = &clocks.lane_known[warp][lane_of(me) * Clocks::kLanes];
-  if (lane_of(other) != kManyLanes) return time < known[lane_of(other)];
-  for (uint32_t lane = 0; lane < Clocks::kLanes; ++lane)
-    if (lane != lane_of(me) && time >= known[lane]) return false;
-  return true;
-}
-
-[[noreturn]] void report_race(Thread& thread, Access kind, size_t offset, size_t bytes, const char* other_kind,
-                              uint16_t other, uint32_t code, uint32_t other_code) {
-  char who[64];
-  if (lane_of(other) == kManyLanes)
-    std::snprintf(who, sizeof who, "warp %u", warp_of(other));
-  else
-    std::snprintf(who, sizeof who, "thread %u", warp_of(other) * kWarpLanes + lane_of(other));
-  report(thread, address_of_code(code),
-         "race: %s of %zu bytes at shared memory + %zu, and a %s by %s%s; no barrier between",
-         kind == Access::kRead     ? "read"
+const char* name_of(Access kind) {
+  return kind == Access::kRead     ? "read"
          : kind == Access::kAtomic ? "atomic"
          : kind == Access::kWrite  ? "write"
-                                   : "cp.async",
-         bytes, offset, other_kind, who, CodePlace(other_code).text);
+                                   : "cp.async";
 }
 
 }  // namespace
@@ -74,23 +51,22 @@ void Clocks::sync_lanes(uint32_t warp, uint32_t lanes) {
     if ((lanes >> lane & 1) != 0) std::memcpy(&lane_known[warp][lane * kLanes], joined, sizeof joined);
 }
 
-void Clocks::sync_warps(uint32_t waiting, uint32_t arrived, const uint32_t* release_times) {
+void Clocks::arrive(uint32_t warp, uint32_t (&joined)[kWarps]) {
+  for (uint32_t of = 0; of < kWarps; ++of) joined[of] = std::max(joined[of], known[warp][of]);
+  joined[warp] = ++now;
+}
+
+void Clocks::learn(uint32_t warps, const uint32_t (&joined)[kWarps]) {
   ++now;
-  uint32_t joined[kWarps] = {};
-  for (uint32_t warp = 0; warp < kWarps; ++warp)
-    if ((arrived >> warp & 1) != 0)
-      for (uint32_t of = 0; of < kWarps; ++of) joined[of] = std::max(joined[of], known[warp][of]);
-  for (uint32_t of = 0; of < kWarps; ++of)
-    if ((arrived >> of & 1) != 0) joined[of] = std::max(joined[of], (waiting >> of & 1) != 0 ? now : release_times[of]);
-  for (uint32_t warp = 0; warp < kWarps; ++warp) {
-    if ((waiting >> warp & 1) == 0) continue;
+  for (uint32_t rest = warps; rest != 0; rest &= rest - 1) {
+    const auto warp = static_cast<uint32_t>(__builtin_ctz(rest));
     std::memcpy(known[warp], joined, sizeof joined);
     warp_sync[warp] = now;
   }
 }
 
 SharedShadow::~SharedShadow() {
-  std::free(reader_sets_);
+  std::free(sets_);
   std::free(free_sets_);
 }
 
@@ -103,117 +79,172 @@ void SharedShadow::reset(size_t shared_bytes, uint32_t num_warps) {
   }
   shared_bytes_ = shared_bytes;
   num_warps_ = num_warps;
-  const Cell untouched{0, 0, 0, 0, kNobody, kNobody, 0};
+  const Cell untouched{0, 0, 0, 0, 0, kNobody, kNoWarp, 0};
   std::fill_n(words_.get(), num_words, untouched);
-  num_reader_sets_ = 0;
+  num_sets_ = 0;
   num_free_sets_ = 0;
 }
 
-uint32_t SharedShadow::take_reader_set() {
+uint32_t SharedShadow::take_set() {
   uint32_t index;
   if (num_free_sets_ > 0) {
     index = free_sets_[--num_free_sets_];
   } else {
-    index = num_reader_sets_++;
-    const size_t wanted = size_t{num_reader_sets_} * num_warps_;
-    if (wanted > reader_sets_capacity_) {
-      reader_sets_capacity_ = std::max<size_t>(2 * reader_sets_capacity_, 4096 * num_warps_);
-      reader_sets_ = static_cast<Reader*>(std::realloc(reader_sets_, reader_sets_capacity_ * sizeof(Reader)));
-      free_sets_ = static_cast<uint32_t*>(std::realloc(free_sets_, reader_sets_capacity_ * sizeof(uint32_t)));
-      if (!reader_sets_ || !free_sets_) std::abort();
+    index = num_sets_++;
+    if (size_t{num_sets_} * (num_warps_ + 1) > sets_capacity_) {
+      sets_capacity_ = std::max<size_t>(2 * sets_capacity_, 4096 * (num_warps_ + 1));
+      sets_ = static_cast<Group*>(std::realloc(sets_, sets_capacity_ * sizeof(Group)));
+      free_sets_ = static_cast<uint32_t*>(std::realloc(free_sets_, sets_capacity_ * sizeof(uint32_t)));
+      if (!sets_ || !free_sets_) std::abort();
     }
   }
-  Reader* set = reader_sets_ + size_t{index} * num_warps_;
-  for (uint32_t warp = 0; warp < num_warps_; ++warp) set[warp] = {0, 0, kNobody};
+  std::memset(set(index), 0, (num_warps_ + 1) * sizeof(Group));
   return index;
+}
+
+void SharedShadow::copy_set(uint32_t& index) {
+  const uint32_t copy = take_set();
+  std::memcpy(set(copy), set(index), (num_warps_ + 1) * sizeof(Group));
+  index = copy;
 }
 
 void SharedShadow::split(size_t word) {
   Cell& cell = words_[word];
   if ((cell.flags & kSplit) != 0) return;
-  for (int i = 0; i < 4; ++i) {
-    Cell& part = bytes_[4 * word + static_cast<size_t>(i)];
+  for (size_t i = 0; i < 4; ++i) {
+    Cell& part = bytes_[4 * word + i];
     part = cell;
-    if (cell.reader == kReaderSet && i > 0) {
-      part.read_time = take_reader_set();
-      std::memcpy(reader_sets_ + size_t{part.read_time} * num_warps_,
-                  reader_sets_ + size_t{cell.read_time} * num_warps_, num_warps_ * sizeof(Reader));
-    }
+    if (i > 0 && cell.reader_warp == kManyWarps) copy_set(part.read_time);
+    if (i > 0 && (cell.flags & kAtomics) != 0) copy_set(part.write_time);
   }
   cell.flags |= kSplit;
 }
 
-void SharedShadow::note_read(Thread& thread, Cell& cell, uint32_t code, uint16_t who) {
-  const Clocks& clocks = thread.block->clocks;
-  if (cell.reader == kReaderSet) {
-    Reader& reader = reader_sets_[size_t{cell.read_time} * num_warps_ + warp_of(who)];
-    const bool replaces =
-        reader.who == kNobody || reader.who == who || is_ordered(clocks, who, reader.who, reader.time);
-    reader = {clocks.now, code, replaces ? who : static_cast<uint16_t>(who | kManyLanes)};
+// Whether all of `me` know that all of `other` have passed `time`.
+bool SharedShadow::is_ordered(const Clocks& clocks, Who me, Who other, uint32_t time) {
+  if (time < clocks.block_sync) return true;
+  if (me.warp != other.warp) return time < clocks.known[me.warp][other.warp];
+  if (me.lanes == other.lanes && (me.lanes & (me.lanes - 1)) == 0) return true;
+  if (time < clocks.warp_sync[me.warp]) return true;
+  if (!clocks.has_lane_known[me.warp]) return false;
+  for (uint32_t mine = me.lanes; mine != 0; mine &= mine - 1) {
+    const auto lane = static_cast<uint32_t>(__builtin_ctz(mine));
+    const uint32_t* known = &clocks.lane_known[me.warp][lane * Clocks::kLanes];
+    for (uint32_t rest = other.lanes & ~(1u << lane); rest != 0; rest &= rest - 1)
+      if (time >= known[__builtin_ctz(rest)]) return false;
+  }
+  return true;
+}
+
+void SharedShadow::note_read(const Clocks& clocks, Cell& cell, uint32_t code, Who who) {
+  if (cell.reader_warp == kManyWarps) {
+    Group& group = set(cell.read_time)[who.warp];
+    const bool replaces = group.lanes == 0 || is_ordered(clocks, who, {who.warp, group.lanes}, group.time);
+    group = {clocks.now, code, replaces ? who.lanes : group.lanes | who.lanes};
     return;
   }
-  if (cell.reader == kNobody || cell.reader == who || is_ordered(clocks, who, cell.reader, cell.read_time)) {
-    cell.reader = who;
-  } else if (warp_of(cell.reader) == warp_of(who)) {
-    cell.reader = static_cast<uint16_t>(who | kManyLanes);
+  if (cell.reader_warp == kNoWarp || is_ordered(clocks, who, {cell.reader_warp, cell.read_lanes}, cell.read_time)) {
+    cell.reader_warp = static_cast<uint8_t>(who.warp);
+    cell.read_lanes = who.lanes;
+  } else if (cell.reader_warp == who.warp) {
+    cell.read_lanes |= who.lanes;
   } else {
-    const uint32_t set = take_reader_set();
-    Reader* readers = reader_sets_ + size_t{set} * num_warps_;
-    readers[warp_of(cell.reader)] = {cell.read_time, cell.read_code, cell.reader};
-    readers[warp_of(who)] = {clocks.now, code, who};
-    cell.reader = kReaderSet;
-    cell.read_time = set;
+    const uint32_t index = take_set();
+    set(index)[cell.reader_warp] = {cell.read_time, cell.read_code, cell.read_lanes};
+    set(index)[who.warp] = {clocks.now, code, who.lanes};
+    cell.reader_warp = kManyWarps;
+    cell.read_time = index;
     return;
   }
   cell.read_time = clocks.now;
   cell.read_code = code;
 }
 
+// Atomics do not race with each other, so the latest does not stand for those before it, nor for the plain write.
+void SharedShadow::note_atomic(const Clocks& clocks, Cell& cell, uint32_t code, Who who) {
+  if ((cell.flags & kAtomics) == 0) {
+    const uint32_t index = take_set();
+    set(index)[num_warps_] = {cell.write_time, cell.write_code, cell.writer};
+    cell.write_time = index;
+    cell.flags |= kAtomics;
+  }
+  Group& group = set(cell.write_time)[who.warp];
+  const bool replaces = group.lanes == 0 || is_ordered(clocks, who, {who.warp, group.lanes}, group.time);
+  group = {clocks.now, code, replaces ? who.lanes : group.lanes | who.lanes};
+}
+
+void SharedShadow::check_order(Thread& thread, const char* kind, size_t offset, size_t bytes, uint32_t code, Who who,
+                               const char* other_kind, Who other, const Group& group) {
+  if (is_ordered(thread.block->clocks, who, other, group.time)) return;
+  char name[64];
+  if ((other.lanes & (other.lanes - 1)) != 0)
+    std::snprintf(name, sizeof name, "warp %u (lanes 0x%x)", other.warp, other.lanes);
+  else
+    std::snprintf(name, sizeof name, "thread %u",
+                  other.warp * kWarpLanes + static_cast<uint32_t>(__builtin_ctz(other.lanes)));
+  report(thread, address_of_code(code),
+         "race: %s of %zu bytes at shared memory + %zu, and a %s by %s%s; no barrier between", kind, bytes, offset,
+         other_kind, name, CodePlace(group.code).text);
+}
+
 void SharedShadow::access_cell(Thread& thread, Cell& cell, size_t offset, size_t bytes, Access kind, uint32_t code,
-                               uint16_t who) {
+                               Who who) {
   const Clocks& clocks = thread.block->clocks;
+  const auto check = [&](const char* other_kind, Who other, const Group& group) {
+    check_order(thread, name_of(kind), offset, bytes, code, who, other_kind, other, group);
+  };
+  const auto writer_of = [](uint32_t writer) { return Who{writer >> 8, 1u << (writer & 0xff)}; };
+
   if ((cell.flags & kInFlight) != 0)
     report(thread, address_of_code(code),
            "%s of shared memory + %zu, which a cp.async of thread %u%s still writes: no cp_async_wait before",
-           kind == Access::kRead ? "read" : "write", offset, warp_of(cell.writer) * kWarpLanes + lane_of(cell.writer),
-           CodePlace(cell.write_code).text);
+           name_of(kind), offset, linear_index(cell.writer), CodePlace(cell.write_code).text);
   if ((kind == Access::kRead || kind == Access::kAtomic) && (cell.flags & kInitialised) == 0)
     report(thread, address_of_code(code), "read of %zu bytes at shared memory + %zu, which nobody wrote", bytes,
            offset);
-  if (cell.writer != kNobody && cell.writer != who && !(kind == Access::kAtomic && (cell.flags & kAtomicWrite) != 0) &&
-      !is_ordered(clocks, who, cell.writer, cell.write_time))
-    report_race(thread, kind, offset, bytes, (cell.flags & kAtomicWrite) != 0 ? "atomic" : "write", cell.writer, code,
-                cell.write_code);
+
+  // Against the writes before.
+  if ((cell.flags & kAtomics) != 0) {
+    const Group* atomics = set(cell.write_time);
+    if (atomics[num_warps_].lanes != kNobody) check("write", writer_of(atomics[num_warps_].lanes), atomics[num_warps_]);
+    for (uint32_t warp = 0; kind != Access::kAtomic && warp < num_warps_; ++warp)
+      if (atomics[warp].lanes != 0) check("atomic", {warp, atomics[warp].lanes}, atomics[warp]);
+  } else if (cell.writer != kNobody) {
+    check("write", writer_of(cell.writer), {cell.write_time, cell.write_code, 0});
+  }
   if (kind == Access::kRead) {
-    note_read(thread, cell, code, who);
+    note_read(clocks, cell, code, who);
     return;
   }
-  if (cell.reader == kReaderSet) {
-    const Reader* readers = reader_sets_ + size_t{cell.read_time} * num_warps_;
+
+  // Against the reads before. A write that passes stands for them from now on; an atomic does not.
+  if (cell.reader_warp == kManyWarps) {
+    const Group* readers = set(cell.read_time);
     for (uint32_t warp = 0; warp < num_warps_; ++warp)
-      if (readers[warp].who != kNobody && readers[warp].who != who &&
-          !is_ordered(clocks, who, readers[warp].who, readers[warp].time))
-        report_race(thread, kind, offset, bytes, "read", readers[warp].who, code, readers[warp].code);
-    free_sets_[num_free_sets_++] = cell.read_time;
-  } else if (cell.reader != kNobody && cell.reader != who && !is_ordered(clocks, who, cell.reader, cell.read_time)) {
-    report_race(thread, kind, offset, bytes, "read", cell.reader, code, cell.read_code);
+      if (readers[warp].lanes != 0) check("read", {warp, readers[warp].lanes}, readers[warp]);
+  } else if (cell.reader_warp != kNoWarp) {
+    check("read", {cell.reader_warp, cell.read_lanes}, {cell.read_time, cell.read_code, 0});
   }
-  cell.reader = kNobody;
-  cell.writer = who;
+  if (kind == Access::kAtomic) {
+    note_atomic(clocks, cell, code, who);
+    return;
+  }
+  if (cell.reader_warp == kManyWarps) free_sets_[num_free_sets_++] = cell.read_time;
+  if ((cell.flags & kAtomics) != 0) free_sets_[num_free_sets_++] = cell.write_time;
+  cell.reader_warp = kNoWarp;
+  cell.writer = static_cast<uint16_t>(who.warp << 8 | static_cast<uint32_t>(__builtin_ctz(who.lanes)));
   cell.write_time = clocks.now;
   cell.write_code = code;
-  cell.flags = kind == Access::kCopyIssue ? kInFlight
-               : kind == Access::kAtomic  ? kInitialised | kAtomicWrite
-                                          : kInitialised;
+  cell.flags = kind == Access::kCopyIssue ? kInFlight : kInitialised;
 }
 
 void SharedShadow::access(Thread& thread, size_t offset, size_t bytes, Access kind, const void* code_address,
                           bool is_whole_warp) {
   const uint32_t code = code_of(code_address);
-  const uint16_t who = static_cast<uint16_t>(thread.warp->index << 8 | (is_whole_warp ? kManyLanes : thread.lane));
+  const Who who{thread.warp->index, is_whole_warp ? thread.warp->alive : 1u << thread.lane};
   if (offset >= shared_bytes_ || bytes > shared_bytes_ - offset)
-    report(thread, code_address, "%s of %zu bytes at shared memory + %zu; the launch gave %zu bytes",
-           kind == Access::kRead ? "read" : "write", bytes, offset, shared_bytes_);
+    report(thread, code_address, "%s of %zu bytes at shared memory + %zu; the launch gave %zu bytes", name_of(kind),
+           bytes, offset, shared_bytes_);
   const size_t end = offset + bytes;
   while (offset < end) {
     const size_t word = offset / 4;
@@ -224,7 +255,8 @@ void SharedShadow::access(Thread& thread, size_t offset, size_t bytes, Access ki
         access_cell(thread, cell, offset, bytes, kind, code, who);
       } else {
         for (size_t i = 0; i < 4; ++i) access_cell(thread, bytes_[4 * word + i], offset + i, bytes, kind, code, who);
-        if (kind != Access::kRead) cell = bytes_[4 * word];  // the four agree again, and no one has read since
+        // After a plain write the four agree again, and hold no sets.
+        if (kind == Access::kWrite || kind == Access::kCopyIssue) cell = bytes_[4 * word];
       }
     } else {
       split(word);

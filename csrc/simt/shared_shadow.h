@@ -29,8 +29,10 @@ struct Clocks {
   void sync_block() { block_sync = ++now; }
   void sync_warp(uint32_t warp) { warp_sync[warp] = ++now; }
   void sync_lanes(uint32_t warp, uint32_t lanes);
-  // `waiting` learn of `arrived`, which include them, what these had done by their release times.
-  void sync_warps(uint32_t waiting, uint32_t arrived, const uint32_t* release_times);
+  // A barrier of some warps. One that arrives adds what it knows, and what it did up to now, to `joined`; one that
+  // waited learns that when the barrier opens.
+  void arrive(uint32_t warp, uint32_t (&joined)[kWarps]);
+  void learn(uint32_t warps, const uint32_t (&joined)[kWarps]);
 };
 
 enum class Access : uint8_t { kRead, kWrite, kAtomic, kCopyIssue };
@@ -46,32 +48,44 @@ class SharedShadow {
   void finish_copy(Thread& thread, size_t offset, size_t bytes);
 
  private:
-  // 4 bytes, or, once threads have touched parts of them, one.
+  // Who reads or writes: lanes of one warp.
+  struct Who {
+    uint32_t warp, lanes;
+  };
+  // 4 bytes, or, once threads have touched parts of them, one. Of a warp's reads that no barrier orders the time of the
+  // latest counts for all.
   struct Cell {
-    uint32_t write_time, read_time;  // read_time: with kReaderSet the set's index
+    uint32_t write_time, read_time;  // write_time with kAtomics, read_time with kManyWarps: the index of a set
     uint32_t write_code, read_code;
-    uint16_t writer, reader;  // warp << 8 | lane
+    uint32_t read_lanes;
+    uint16_t writer;  // warp << 8 | lane
+    uint8_t reader_warp;
     uint8_t flags;
   };
-  struct Reader {
-    uint32_t time;
-    uint32_t code;
-    uint16_t who;
+  // Reads or atomics of one warp. A set has one for each warp, and one for the plain write before the atomics.
+  struct Group {
+    uint32_t time, code, lanes;
   };
 
-  void access_cell(Thread& thread, Cell& cell, size_t offset, size_t bytes, Access kind, uint32_t code, uint16_t who);
-  void note_read(Thread& thread, Cell& cell, uint32_t code, uint16_t who);
+  static bool is_ordered(const Clocks& clocks, Who me, Who other, uint32_t time);
+  void access_cell(Thread& thread, Cell& cell, size_t offset, size_t bytes, Access kind, uint32_t code, Who who);
+  void note_read(const Clocks& clocks, Cell& cell, uint32_t code, Who who);
+  void note_atomic(const Clocks& clocks, Cell& cell, uint32_t code, Who who);
+  Group* set(uint32_t index) { return sets_ + size_t{index} * (num_warps_ + 1); }
   void split(size_t word);
-  uint32_t take_reader_set();
+  uint32_t take_set();
+  void copy_set(uint32_t& index);
+  void check_order(Thread& thread, const char* kind, size_t offset, size_t bytes, uint32_t code, Who who,
+                   const char* other_kind, Who other, const Group& group);
 
   size_t shared_bytes_ = 0;
   uint32_t num_warps_ = 0;
   std::unique_ptr<Cell[]> words_;
   std::unique_ptr<Cell[]> bytes_;
   size_t words_capacity_ = 0;
-  Reader* reader_sets_ = nullptr;  // [num_sets, num_warps]
-  uint32_t num_reader_sets_ = 0;
-  size_t reader_sets_capacity_ = 0;  // in readers
+  Group* sets_ = nullptr;  // [num_sets, num_warps + 1]
+  uint32_t num_sets_ = 0;
+  size_t sets_capacity_ = 0;  // in groups
   uint32_t* free_sets_ = nullptr;
   uint32_t num_free_sets_ = 0;
 

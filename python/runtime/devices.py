@@ -37,6 +37,7 @@ class CpuDevice:
     """This process's cores."""
 
     gpu = None
+    pack_threads = 1  # one matrix at a time, on all threads
     batched_tokens = _CPU_BATCHED_TOKENS
     kv_share = None  # plan_kv's own rule
 
@@ -90,6 +91,7 @@ class GpuDevice:
 
     def __init__(self, world: str, ordinal: int, *, threads: int | None, uses_graphs: bool, is_batch_invariant: bool):
         self.threads = threads or _native.usable_cores()
+        self.pack_threads = self.threads  # a matrix each
         self.gpu = _native.open_gpu(world, ordinal)
         self._uses_graphs = uses_graphs
         self._is_batch_invariant = is_batch_invariant

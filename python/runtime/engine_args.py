@@ -97,6 +97,7 @@ class EngineArgs:
     chat_template: str | None = None  # file or template text; None: the model's own
     device: str = "cpu"  # cpu, cuda or simt; cuda:1 is the second GPU
     cuda_graphs: bool = True  # on a GPU, decode steps replay captured graphs
+    capture_at_start: bool = False  # all of them before the first request; otherwise each when a step first wants it
     batch_invariant: bool = False  # on a GPU, a token's result never depends on what else is in its step
     activations: str | None = None  # None: CPU int8 where the weights are quantised, else bf16; GPU bf16
     kv_dtype: str = "bf16"  # codec or k:v
@@ -210,6 +211,10 @@ class EngineArgs:
         group.add_argument(
             "--cuda-graphs", action=argparse.BooleanOptionalAction, default=True,
             help="GPU: decode steps replay captured graphs (default: on)",
+        )  # fmt: skip
+        group.add_argument(
+            "--capture-at-start", action=argparse.BooleanOptionalAction, default=False,
+            help="GPU: capture all graphs before the first request (default: each when a step first wants it)",
         )  # fmt: skip
         group.add_argument(
             "--batch-invariant", action=argparse.BooleanOptionalAction, default=False,

@@ -140,6 +140,8 @@ def start_engine(loaded: LoadedModel, args, on_deltas: Callable, trace=None):
         lanes=[device.engine_lane(0, completions, args.max_num_seqs)], completions=completions,
         is_traced=trace is not None,
     )  # fmt: skip
+    if args.capture_at_start and args.cuda_graphs and device.gpu is not None:
+        runner.capture_graphs()
     engine_config = EngineConfig(
         loaded.name, kv_plan.max_model_len, config.vocab_size, frozenset(config.eos_token_ids), args.seed,
         f"{device.describe(loaded.packed.activations)}, {loaded.packed.packed_bytes / 2**20:.0f} MiB of weights",

@@ -49,6 +49,16 @@ class ModelRunner:
         self._free_frames = [self._new_frame() for _ in range(FRAMES_PER_LANE * len(self.lanes))]
         self._flights: dict[tuple[int, int], _Flight] = {}  # (lane, ticket) ->
 
+    def capture_graphs(self) -> None:
+        """Captures every lane's decode graphs; returns when they are there. Raises RuntimeError with what failed."""
+        frame = self._new_frame()  # one that holds no step
+        for lane in self.lanes:
+            lane.capture_graphs(frame)
+            while not (completions := self.completions.wait_any(-1.0)):
+                pass
+            if completions[0]["error"]:
+                raise RuntimeError(f"capture of decode graphs: {completions[0]['error']}")
+
     @property
     def num_in_flight(self) -> int:
         return len(self._flights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,7 @@ def pack_model(checkpoint, kv_layers, activations: str, max_model_len: int, devi
         return _native.Weight(tensor.data, tensor.format, out_features, in_features, tensor.row_order)
 
     def pack(*names: str, is_gated: bool = False):
-        return device.pack([weight(name) for name in names], activations, is_gated)
+        return packers.submit(device.pack, [weight(name) for name in names], activations, is_gated)
 
     def vector(name: str):
         return np.ascontiguousarray(checkpoint.vector(name), dtype=np.float32) if name in checkpoint.tensors else None
@@ -79,33 +80,48 @@ def pack_model(checkpoint, kv_layers, activations: str, max_model_len: int, devi
             ropes[is_local] = device.rope_table(inv_freq, max_model_len, attention_factor)
         return ropes[is_local]
 
-    layers = []
-    for i in range(config.num_layers):
-        p = f"layers.{i}."
-        layers.append(
-            LayerWeights(
-                qkv=pack(p + "q", p + "k", p + "v"),
-                o=pack(p + "o"),
-                gate_up=pack(p + "gate", p + "up", is_gated=True),
-                down=pack(p + "down"),
-                attn_norm=vector(p + "attn_norm"),
-                ffn_norm=vector(p + "ffn_norm"),
-                post_attn_norm=vector(p + "post_attn_norm"),
-                post_ffn_norm=vector(p + "post_ffn_norm"),
-                qkv_bias=joined_bias(p + "q_bias", p + "k_bias", p + "v_bias"),
-                o_bias=vector(p + "o_bias"),
-                q_norm=vector(p + "q_norm"),
-                k_norm=vector(p + "k_norm"),
-                kv=kv_layers[i],
-                rope=rope(config.layer_types[i] == "sliding"),
+    # Matrices are packed by `packers` while the next ones are asked for; a layer is whole when its four are there.
+    with ThreadPoolExecutor(device.pack_threads, "pack") as packers:
+        asked = []
+        for i in range(config.num_layers):
+            p = f"layers.{i}."
+            asked.append(
+                (
+                    pack(p + "q", p + "k", p + "v"),
+                    pack(p + "o"),
+                    pack(p + "gate", p + "up", is_gated=True),
+                    pack(p + "down"),
+                )
             )
-        )
-        if progress is not None:
-            progress(i + 1, config.num_layers)
+        output = pack("output" if "output" in checkpoint.tensors else "embedding")
+        layers = []
+        for i, matrices in enumerate(asked):
+            p = f"layers.{i}."
+            qkv, o, gate_up, down = (matrix.result() for matrix in matrices)
+            layers.append(
+                LayerWeights(
+                    qkv=qkv,
+                    o=o,
+                    gate_up=gate_up,
+                    down=down,
+                    attn_norm=vector(p + "attn_norm"),
+                    ffn_norm=vector(p + "ffn_norm"),
+                    post_attn_norm=vector(p + "post_attn_norm"),
+                    post_ffn_norm=vector(p + "post_ffn_norm"),
+                    qkv_bias=joined_bias(p + "q_bias", p + "k_bias", p + "v_bias"),
+                    o_bias=vector(p + "o_bias"),
+                    q_norm=vector(p + "q_norm"),
+                    k_norm=vector(p + "k_norm"),
+                    kv=kv_layers[i],
+                    rope=rope(config.layer_types[i] == "sliding"),
+                )
+            )
+            if progress is not None:
+                progress(i + 1, config.num_layers)
     return PackedModel(
         embedding=weight("embedding"),
         layers=tuple(layers),
         output_norm=vector("output_norm"),
-        output=pack("output" if "output" in checkpoint.tensors else "embedding"),
+        output=output.result(),
         activations=activations,
     )

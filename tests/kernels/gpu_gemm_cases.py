@@ -9,8 +9,14 @@ import numpy as np
 
 from runtime import _native as native
 
-DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "int8": np.int8}
-ARRAY_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "int8": "int8"}
+DTYPES = {
+    "f32": np.float32,
+    "f16": np.float16,
+    "bf16": ml_dtypes.bfloat16,
+    "int8": np.int8,
+    "e4m3": ml_dtypes.float8_e4m3fn,
+}
+ARRAY_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "int8": "int8", "e4m3": "float8_e4m3fn"}
 
 
 @dataclass

@@ -209,6 +209,27 @@ def test_int8_of_formats_without_an_integer_kernel(gpu, fmt):
     assert relative_error(Runner(gpu, linear)(x, x_scale=scale), reference) < 1e-6
 
 
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_e4m3_where_no_kernel_is_built_for_it(gpu, in_blocks):
+    """Scales per row and token, or of 128 x 128 blocks and of each 128 inputs of a token."""
+    rng = np.random.default_rng(13)
+    tokens, rows, cols = 5, 130, 320
+    codes = (rng.standard_normal((rows, cols)) * 50).astype(DTYPES["e4m3"])
+    cells = (-(-rows // 128), -(-cols // 128)) if in_blocks else (rows, 1)
+    scales = rng.uniform(0.5, 2, cells).astype(np.float32)
+    blocks = {"group": 128, "group_rows": 128} if in_blocks else {}
+    weight = native.CanonicalWeight("e4m3", codes.view(np.uint8), rows, cols, scales=scales, **blocks)
+    wide = np.repeat(np.repeat(scales, 128, 0)[:rows], 128, 1)[:, :cols] if in_blocks else scales
+    values = codes.astype(np.float64) * wide
+    np.testing.assert_array_equal(dequantized(weight), values.astype(np.float32))
+    x = (rng.standard_normal((tokens, cols)) * 50).astype(DTYPES["e4m3"])
+    x_scale = rng.uniform(0.5, 2, (tokens, -(-cols // 128)) if in_blocks else tokens).astype(np.float32)
+    wide_scale = np.repeat(x_scale, 128, 1)[:, :cols] if in_blocks else x_scale[:, None]
+    reference = (x.astype(np.float64) * wide_scale) @ values.T
+    linear = packed(gpu, [weight], "e4m3")
+    assert relative_error(Runner(gpu, linear)(x, x_scale=x_scale), reference) < 1e-6
+
+
 # ---- GGUF
 
 

@@ -58,7 +58,7 @@ class Case:
             self.weight = native.CanonicalWeight("u4", codes, channels, inputs, group, scales, zeros)
         elif kind == "half":
             codes = (rng.standard_normal((channels, inputs)) * 0.05).astype(host_type)
-            self.weight = native.CanonicalWeight(activations, codes.view(np.uint16), channels, inputs)
+            self.weight = native.CanonicalWeight(activations, codes.view(np.uint8), channels, inputs)
         elif kind == "int8":
             codes = rng.integers(-128, 128, (channels, inputs), dtype=np.int8)
             scales = rng.uniform(0.001, 0.01, (channels, 1)).astype(np.float32)
@@ -140,6 +140,7 @@ KERNELS = [
         (f"cutlass_w4a16_{activations}_{tile}_sm90", kind, activations, tile)
         for activations in ("bf16", "f16")
         for tile, kind in ((16, "w4g128"), (64, "w4g64"), (128, "w4row"), (256, "w4g128"))
+        if (activations, tile) != ("f16", 256)
     ],
     *[
         (f"cutlass_{activations}_{tile}_sm90", "half", activations, tile)
@@ -148,7 +149,7 @@ KERNELS = [
     ],
     *[(f"cutlass_fp8_{tile}_sm90", "fp8", "e4m3", tile) for tile in (16, 64, 128)],
     *[(f"cutlass_fp8_block_{tile}_sm90", "fp8block", "e4m3", tile) for tile in (64, 128)],
-    *[(f"cutlass_int8_{tile}_sm90", "int8", "int8", tile) for tile in (128, 256)],
+    ("cutlass_int8_256_sm90", "int8", "int8", 256),
 ]
 
 
@@ -179,11 +180,11 @@ def test_epilogues(hopper, kernel: str, out_type: str) -> None:
 @pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize(("kernel", "kind", "activations"), [entry[:3] for entry in KERNELS if entry[1] != "fp8block"])
 def test_gated(hopper, kernel: str, kind: str, activations: str, gate: str) -> None:
-    case = Case(kind, activations, 19, channels=416)
+    case = Case(kind, activations, 19, channels=412)
     linear = case.pack(hopper, kernel, interleaves_gate=True)
-    out = case.run(hopper, linear, gate=gate, bias=on_device(hopper, np.resize(case.bias, 416).astype(np.float32)))
-    sums = case.sums() + np.resize(case.bias, 416)
-    left, up = sums[:, :208], sums[:, 208:]
+    out = case.run(hopper, linear, gate=gate, bias=on_device(hopper, np.resize(case.bias, 412).astype(np.float32)))
+    sums = case.sums() + np.resize(case.bias, 412)
+    left, up = sums[:, :206], sums[:, 206:]
     if gate == "silu":
         left = left / (1 + np.exp(-left))
     else:

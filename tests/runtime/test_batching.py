@@ -110,7 +110,7 @@ def test_seeded_sampling_does_not_depend_on_the_batch():
 
 
 def test_thread_counts_give_the_same_tokens():
-    loaded = load("smollm2", max_model_len=512, threads=1)
+    loaded = load("smollm2", max_model_len=512, threads=1, device="cpu")
     tokenizer = Tokenizer.from_checkpoint(loaded.checkpoint)
     prompts = [tokenizer.encode(text) for text in PROMPTS[:6]]
     from dataclasses import replace
@@ -118,7 +118,7 @@ def test_thread_counts_give_the_same_tokens():
     answers = []
     for threads in (1, 2, 3):
         on_threads = replace(loaded, device=CpuDevice(threads))
-        with running_engine("smollm2", loaded=on_threads, max_model_len=512) as engine:
+        with running_engine("smollm2", loaded=on_threads, device="cpu", max_model_len=512) as engine:
             answers.append(engine.run(prompts, max_tokens=16))
     assert answers[0] == answers[1] == answers[2]
 

@@ -13,8 +13,10 @@ import pytest
 from runtime import _native
 from runtime.scoring import Scorer
 from runtime.step_trace import StepTrace
+from runtime.tokenizer import Tokenizer
 from tests.kit.engines import load, running_engine
-from tests.kit.tiny_models import FAMILIES, write_tiny_model
+from tests.kit.prompts import PROMPTS
+from tests.kit.tiny_models import FAMILIES, write_tiny_gguf, write_tiny_model
 
 TIE = 1e-4  # logits this near (relative to the largest) may go either way
 EXACT = {"activations": "fp32", "kv_dtype": "fp32", "max_model_len": 128}
@@ -28,7 +30,10 @@ def device(request) -> str:
 
 @pytest.fixture(scope="module")
 def llama_path(tmp_path_factory):
-    return write_tiny_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=2)[0]
+    # Heads of 64 and 4-bit weights: what the tuned kernels take.
+    return write_tiny_gguf(
+        "Q4_1", tmp_path_factory.mktemp("llama"), num_hidden_layers=2, head_dim=64, max_position_embeddings=1024
+    )[0]
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +103,23 @@ def test_integer_pages_hold_what_the_cpu_would_write(device, llama_path, kv_dtyp
     assert relative_error(np.concatenate(values[device]), np.concatenate(values["cpu"])) < 0.02
 
 
+def test_the_default_model_in_exact_mode_equals_the_cpu(device):
+    """SmolLM2's real weights: on the host a prompt of a few tokens and two more, on a GPU some of each."""
+    args = {"activations": "fp32", "kv_dtype": "fp32", "max_model_len": 256, "max_num_seqs": 1}
+    on_cpu = load("smollm2", device="cpu", **args)
+    tokenizer = Tokenizer.from_checkpoint(on_cpu.checkpoint)
+    texts, num_tokens = (PROMPTS[:1], 2) if device == "simt" else (PROMPTS[:8], 32)
+    on_gpu = load("smollm2", device=device, max_num_batched_tokens=64, **args)
+    for text in texts:
+        prompt = tokenizer.encode(text)[: 4 if device == "simt" else None]
+        with running_engine("smollm2", loaded=on_gpu, device=device, max_num_batched_tokens=64, **args) as engine:
+            (answer,) = engine.run([prompt], max_tokens=num_tokens)
+        assert len(answer) == num_tokens
+        logits = Scorer(on_cpu).logits(prompt + answer)[len(prompt) - 1 : -1]
+        for token, row in zip(answer, logits, strict=True):
+            assert row[token] >= row.max() - TIE * np.abs(row).max(), "not the CPU's most likely token"
+
+
 # ---------------------------------------------------------------- the engine
 
 
@@ -124,6 +146,19 @@ def test_answers_do_not_depend_on_batches_chunks_cached_pages_or_graphs(device, 
         assert engine.run(prompts, max_tokens=6) == alone, "without graphs"
         (lane,) = engine.engine._runner.lanes
         assert lane.num_graphs == lane.num_graph_steps == 0
+
+
+def test_graphs_captured_at_start_give_the_same_answers(device, llama_path, fast):
+    prompts = [random_tokens(fast, count) for count in (3, 12)]
+    args = {"loaded": fast, "device": device, "max_model_len": 128, **FEW}
+    with running_engine(llama_path, **args) as engine:
+        expected = engine.run(prompts, max_tokens=5) + engine.run(prompts, max_tokens=5, temperature=1.0, seed=3)
+    with running_engine(llama_path, **args, capture_at_start=True) as engine:
+        (lane,) = engine.engine._runner.lanes
+        assert lane.num_graphs == 2 * len(_native.decode_buckets(4)) and lane.num_graph_steps == 0
+        answers = engine.run(prompts, max_tokens=5) + engine.run(prompts, max_tokens=5, temperature=1.0, seed=3)
+        assert answers == expected
+        assert lane.num_graphs == 2 * len(_native.decode_buckets(4)) and lane.num_graph_steps >= 8
 
 
 def test_answers_survive_preemption(device, llama_path, fast):
@@ -317,6 +352,27 @@ def test_input_embeddings_replace_the_lookup(fast):
     np.testing.assert_array_equal(bench.logits(frame), expected)
 
 
+def test_replayed_graphs_of_padded_steps_compute_what_plain_steps_do(device, llama_path):
+    """Not batch invariant: the kernels for decoding, whose plans and grids follow from the bucket alone in a graph."""
+    loaded = load(llama_path, device=device, batch_invariant=False, max_model_len=128, **FEW)
+    bench, num_nodes = Bench(loaded), loaded.program.num_nodes
+    lane = loaded.device.engine_lane(1, bench.completions, 4)
+    lengths = (50, 3, 21)
+    for row, length in enumerate(lengths):
+        bench.admit(row, random_tokens(loaded, 64))
+        bench.run_whole((row, 0, length, 1))
+    for rows in ((0, 1, 2), (2, 1, 0), (1,), (0, 2, 1)):  # bucket 4 with a padded row, three times; bucket 1
+        step = [(row, lengths[row], 1, 1) for row in rows]
+        expected = bench.logits(bench.run_whole(*step), len(rows))
+        frame = bench.frame()
+        frame.prepare(array("i", [value for row in step for value in row]))
+        lane.submit(frame, 0, num_nodes)
+        assert bench.wait()[0]["error"] == ""
+        assert relative_error(bench.logits(frame, len(rows)), expected) < 0.01
+        assert len(frame.sampled_tokens()) == len(rows)
+    assert (lane.num_graphs, lane.num_graph_steps) == (2, 2)
+
+
 def test_two_lanes_on_two_parts_of_the_chip_work_at_once(fast):
     bench, num_nodes = Bench(fast), fast.program.num_nodes
     ladder = _native.GpuLadder(fast.device.gpu, [0.25, 0.5, 0.75])
@@ -343,6 +399,45 @@ def test_two_lanes_on_two_parts_of_the_chip_work_at_once(fast):
             np.testing.assert_array_equal(bench.logits(frame), expected[row])
     runs = {lane: [c for c in done if c["lane"] == lane] for lane in (1, 2)}
     assert any(a["start_ns"] < b["end_ns"] and b["start_ns"] < a["end_ns"] for a in runs[1] for b in runs[2])
+
+
+def test_a_shared_prefix_is_read_once_and_changes_nothing_but_rounding(device, llama_path):
+    loaded = load(
+        llama_path, device=device, batch_invariant=False, max_model_len=576, page_size=16, max_num_seqs=4,
+        max_num_batched_tokens=544,
+    )  # fmt: skip
+    prefix, num_pages = random_tokens(loaded, 512), 576 // 16
+    arena = loaded.device.kv_arena(loaded.kv_plan.groups, 4 * num_pages)
+    rows = loaded.device.row_store(4, 576, 1, 16, loaded.config.vocab_size)
+    completions = _native.CompletionQueue()
+    lane = loaded.device.lane(0, completions)
+
+    def run(*step) -> tuple[np.ndarray, int]:
+        frame = _native.Frame(loaded.program, arena, rows, 544, 4)
+        frame.prepare(array("i", [value for row in step for value in row]))
+        lane.submit(frame, 0, loaded.program.num_nodes)
+        while not (done := completions.wait_any(60.0)):
+            pass
+        assert done[0]["error"] == ""
+        out = np.full((len(step), loaded.config.vocab_size), np.nan, dtype=np.float32)
+        frame.read_buffer("logits", out)
+        return out, frame.num_shared_prefixes
+
+    greedy = _native.SamplingParams()
+    greedy.temperature = 0.0
+    for row in range(3):
+        tokens = prefix + random_tokens(loaded, 9 + row)
+        rows.admit(row, array("i", tokens), len(tokens), greedy)
+        pages = list(range(32)) + list(range((row + 1) * num_pages, (row + 1) * num_pages + 4))
+        rows.set_pages(row, 0, 0, pages, arena.num_pages)
+    run((0, 0, 512, 1))
+    for row in range(3):
+        run((row, 512, 8 + row, 1))
+    alone = [run((row, 520 + row, 1, 1)) for row in range(3)]
+    assert all(num_shared == 0 for _, num_shared in alone)
+    together, num_shared = run(*((row, 520 + row, 1, 1) for row in range(3)))
+    assert num_shared == 1
+    assert relative_error(together, np.concatenate([out for out, _ in alone])) < 0.02
 
 
 def test_frames_and_lanes_of_different_devices_are_kept_apart(device, llama_path, fast):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.engine_args import EngineArgs, parse_kv_dtype, parse_max_model_len, parse_memory
+from runtime.engine_args import EngineArgs, parse_device, parse_kv_dtype, parse_max_model_len, parse_memory
 from runtime.sampling_params import SamplingParams
 
 REFUSED = [
@@ -124,6 +124,16 @@ def test_max_model_len_is_tokens_or_auto():
     for text in ("0", "-5", "x", "1.5", "99999999999"):
         with pytest.raises(ValueError, match="max_model_len"):
             parse_max_model_len(text)
+
+
+def test_a_device_is_a_world_and_a_number():
+    assert [parse_device(text) for text in ("cpu", "cuda", "cuda:0", "cuda:3", "simt")] == [
+        ("cpu", 0), ("cuda", 0), ("cuda", 0), ("cuda", 3), ("simt", 0),
+    ]  # fmt: skip
+    assert [EngineArgs(device=text).check().device for text in ("cuda:0", "cuda:2")] == ["cuda", "cuda:2"]
+    for text in ("", "gpu", "cuda:", "cuda:-1", "cuda:x", "cpu:0", "CUDA", None):
+        with pytest.raises(ValueError, match="device"):
+            parse_device(text)
 
 
 @pytest.mark.parametrize(

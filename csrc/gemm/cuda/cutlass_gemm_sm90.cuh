@@ -43,7 +43,7 @@ struct StoreTokensParams {
   const float* up_bias = nullptr;        // of the up half
   const float* channel_scale = nullptr;  // [padded N] in packed order, or null
   const float* token_scale = nullptr;    // [T] or null
-  int32_t num_channels = 0;              // packed rows that are real
+  int32_t num_channels = 0;              // real ones, gate and up
   int32_t num_tokens = 0;
   bool adds_to_out = false;
   GateActivation gate = GateActivation::kNone;
@@ -100,6 +100,8 @@ class StoreTokens {
     using namespace cute;
     static_assert(is_static<Layout>::value && rank(Layout{}) == 3, "sums: ((token, half, eight), channels, tokens)");
     static_assert(size<0, 0>(Layout{}) == 2 && size<0, 1>(Layout{}) == 2, "the sums of a wgmma");
+    using Fragment = typename Mma::AtomLayoutC_TV;  // (lane, value) -> channel + 64 * token
+    static_assert(stride<1, 0>(Fragment{}) == 64 && stride<1, 1>(Fragment{}) == 8, "next token; eight channels on");
     const Tensor tile = make_identity_tensor(make_shape(size<0>(Block{}), size<1>(Block{})));
     // The place in the tile of each of this thread's sums. In one 16 x 8 piece a thread has channels r and r + 8 of two
     // neighbouring tokens: with gate and up rows interleaved by eight, an output's two sums.
@@ -112,9 +114,9 @@ class StoreTokens {
     for (int m = 0; m < size<1>(Layout{}); ++m) {
       const int32_t channel = first_channel + get<0>(places(make_coord(0, 0, 0), m, 0));
       const int32_t output = channel / 16 * 8 + channel % 8;  // of a gated pair
-      // Rows come in sixteens of padding, but the last one may be real only in part (never so when gated).
-      const bool is_first = channel < params_.num_channels;
-      const bool is_second = channel + 8 < params_.num_channels;
+      // The halves of a gated weight are padded to eights apart, so a real row may lie behind a padded one.
+      const bool is_first = is_gated ? output < params_.num_channels / 2 : channel < params_.num_channels;
+      const bool is_second = is_gated ? is_first : channel + 8 < params_.num_channels;
       float first_scale = 1, second_scale = 1, first_bias = 0, second_bias = 0;
       if (params_.channel_scale) {  // padded: no bounds
         first_scale = params_.channel_scale[channel];

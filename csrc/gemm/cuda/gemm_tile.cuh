@@ -85,6 +85,16 @@ struct TileConfig {
     Buffers buffers;
     uint32_t is_last;
   };
+
+  // CTAs that an SM holds: by shared memory on the smallest chip (164 KB, 1 KB of it the system's for each), and at
+  // most 256 threads, so that each may have all 255 registers. Left to itself the compiler spills to reach an occupancy
+  // that shared memory does not allow anyway.
+  static constexpr int kCtasPerSm = [] {
+    const int by_shared = static_cast<int>((163 * 1024) / (sizeof(Storage) + 1024));
+    const int by_registers = 256 / kThreads;
+    const int count = by_shared < by_registers ? by_shared : by_registers;
+    return count < 1 ? 1 : count;
+  }();
 };
 
 // One work item: which tile, which part of K.
@@ -142,6 +152,7 @@ class TileProduct {
   // Sums of one work item, left in storage.buffers.sums. Every thread of the CTA takes part.
   __device__ __forceinline__ void multiply(const WorkItem& item) {
     item_ = item;
+    open_sources();
     Sum sums[Config::kFragments][Config::kTokenTiles][4];
 #pragma unroll
     for (int f = 0; f < Config::kFragments; ++f)
@@ -151,33 +162,35 @@ class TileProduct {
         for (int i = 0; i < 4; ++i) sums[f][n][i] = 0;
 
     const int num_k_tiles = item.end_k_tile - item.first_k_tile;
+    Stage* const stages = storage_.buffers.stages;
 #pragma unroll
     for (int s = 0; s < Config::kStages - 1; ++s) {
-      if (s < num_k_tiles) copy_stage(item.first_k_tile + s, s);
+      if (s < num_k_tiles) copy_stage(item.first_k_tile + s, stages[s]);
       device::cp_async_commit();  // also when empty: the waits count groups
     }
     device::cp_async_wait<Config::kStages - 2>();
     __syncthreads();
 
     Fragments fragments[2];
-    load_fragments(storage_.buffers.stages[0], item.first_k_tile, 0, fragments[0]);
+    load_fragments(stages[0], 0, fragments[0]);
     int stage = 0;
+#pragma unroll 1
     for (int tile = 0; tile < num_k_tiles; ++tile) {
       const int next_stage = stage + 1 == Config::kStages ? 0 : stage + 1;
 #pragma unroll
       for (int step = 0; step < Config::kSteps; ++step) {
         if (step + 1 < Config::kSteps) {
-          load_fragments(storage_.buffers.stages[stage], item.first_k_tile + tile, step + 1, fragments[(step + 1) % 2]);
+          load_fragments(stages[stage], step + 1, fragments[(step + 1) % 2]);
         } else {
           device::cp_async_wait<Config::kStages - 2>();
           __syncthreads();
-          if (tile + 1 < num_k_tiles)
-            load_fragments(storage_.buffers.stages[next_stage], item.first_k_tile + tile + 1, 0, fragments[0]);
+          if (tile + 1 < num_k_tiles) load_fragments(stages[next_stage], 0, fragments[0]);
         }
         if (step == 0) {
           // Into the stage of the tile before, which the barrier at that tile's end has freed.
           const int ahead = tile + Config::kStages - 1;
-          if (ahead < num_k_tiles) copy_stage(item.first_k_tile + ahead, stage == 0 ? Config::kStages - 1 : stage - 1);
+          if (ahead < num_k_tiles)
+            copy_stage(item.first_k_tile + ahead, stages[stage == 0 ? Config::kStages - 1 : stage - 1]);
           device::cp_async_commit();
         }
         const Fragments& now = fragments[step % 2];
@@ -199,6 +212,7 @@ class TileProduct {
     const int64_t first_row = static_cast<int64_t>(item_.channel_tile) * Config::kChannels;
     if (params_.num_splits == 1) {
       store_tile(first_row, [this](int token, int row) { return sum_of_warps(token, row); });
+      __syncthreads();  // the next work item's copies go over the sums
     } else {
       float* partial = partial_of(item_.split);
       for (int v = thread_; v < Config::kTokens * Config::kChannels / kVector; v += Config::kThreads) {
@@ -207,7 +221,7 @@ class TileProduct {
         *reinterpret_cast<SumVector<Sum>*>(partial + token * Config::kChannels + row) = sum;
       }
       __threadfence();
-      __syncthreads();
+      __syncthreads();  // counted only when all of it is there for other CTAs (simt runs one at a time)
       if (thread_ == 0) {
         const uint32_t arrived = atomicAdd(params_.counters + item_.tile, 1u);
         storage_.is_last = arrived + 1 == static_cast<uint32_t>(params_.num_splits);
@@ -219,10 +233,9 @@ class TileProduct {
         if (thread_ == 0) params_.counters[item_.tile] = 0;
       }
     }
-    __syncthreads();
   }
 
- private:
+ protected:  // the rest is wgmma_tile_sm90.cuh's too
   struct Fragments {
     uint32_t weights[Config::kFragments][4];
     uint32_t activations[Config::kTokenTiles][2];
@@ -234,84 +247,125 @@ class TileProduct {
 
   // ---- global -> shared
 
-  __device__ __forceinline__ void copy_stage(int k_tile, int stage_idx) {
-    Stage& stage = storage_.buffers.stages[stage_idx];
-    copy_activations(k_tile, stage);
-    copy_codes(k_tile, stage);
+  // Where this thread's copies of the item's first K tile begin; they move on by a tile with each copy_stage().
+  __device__ __forceinline__ void open_sources() {
+    const int first_token = item_.token_tile * Config::kTokens + thread_ / Config::kRowChunks;
+    activations_left_ = static_cast<int>(params_.weight.in_features * Config::kElementBytes) -
+                        item_.first_k_tile * Config::kRowBytes - thread_ % Config::kRowChunks * kChunkBytes;
+    tokens_left_ = params_.num_tokens - first_token;
+    activation_source_ = static_cast<const std::byte*>(params_.x) +
+                         first_token * params_.x_stride * Config::kElementBytes +
+                         item_.first_k_tile * Config::kRowBytes + thread_ % Config::kRowChunks * kChunkBytes;
+    num_k_blocks_ = static_cast<int>(params_.weight.padded_in_features / kPackedInputs);
+    num_channel_blocks_ = static_cast<int>(params_.weight.padded_out_features / kPackedChannels);
+    const int64_t first_block = static_cast<int64_t>(item_.channel_tile) * Config::kBlocksChannels;
+    code_source_ = params_.weight.codes +
+                   (first_block * num_k_blocks_ + item_.first_k_tile * Config::kBlocksK) * Config::kBlockBytes +
+                   thread_ * kChunkBytes;
+    if constexpr (Config::kHasGroups)
+      parameter_source_ =
+          params_.weight.group_params + first_block * params_.weight.num_groups * (kPackedChannels * entry_bytes_);
+  }
+
+  __device__ __forceinline__ void copy_stage(int k_tile, Stage& stage) {
+    copy_activations(stage);
+    // Residual tiles go a way of their own, so that the usual one has no test and a register for its address only.
+    const bool is_whole = (k_tile + 1) * Config::kBlocksK <= num_k_blocks_ &&
+                          (item_.channel_tile + 1) * Config::kBlocksChannels <= num_channel_blocks_;
+    if (is_whole)
+      copy_codes(stage);
+    else
+      copy_residual_codes(k_tile, stage);
+    code_source_ += Config::kBlocksK * Config::kBlockBytes;
     if constexpr (Config::kHasGroups) copy_parameters(k_tile, stage);
   }
 
   // [kTokens][kRowChunks] chunks; chunk c of row r lies at c ^ (r % 8). Rows past T and inputs past K are zeros.
-  __device__ __forceinline__ void copy_activations(int k_tile, Stage& stage) {
+  __device__ __forceinline__ void copy_activations(Stage& stage) {
     constexpr int kRowsAtOnce = Config::kThreads / Config::kRowChunks;
-    const int chunk = thread_ % Config::kRowChunks, first_row = thread_ / Config::kRowChunks;
-    const int64_t k_bytes =
-        (static_cast<int64_t>(k_tile) * Config::kTileK) * Config::kElementBytes + chunk * kChunkBytes;
-    const int64_t bytes_left = params_.weight.in_features * Config::kElementBytes - k_bytes;
-    const int row_bytes = bytes_left <= 0 ? 0 : bytes_left < kChunkBytes ? static_cast<int>(bytes_left) : kChunkBytes;
-    const int first_token = item_.token_tile * Config::kTokens;
-    const std::byte* source = static_cast<const std::byte*>(params_.x) + k_bytes;
+    static_assert(kRowsAtOnce % 8 == 0 || 8 % kRowsAtOnce == 0);
+    const int chunk = thread_ % Config::kRowChunks, row = thread_ / Config::kRowChunks;
+    const int row_bytes = activations_left_ <= 0            ? 0
+                          : activations_left_ < kChunkBytes ? activations_left_
+                                                            : kChunkBytes;
+    const std::byte* source = activation_source_;
 #pragma unroll
     for (int i = 0; i < (Config::kTokens + kRowsAtOnce - 1) / kRowsAtOnce; ++i) {
-      const int row = first_row + i * kRowsAtOnce;
-      if (Config::kTokens % kRowsAtOnce != 0 && row >= Config::kTokens) break;
-      const int token = first_token + row;
-      const int bytes = token < params_.num_tokens ? row_bytes : 0;
-      const std::byte* address = bytes ? source + static_cast<int64_t>(token) * params_.x_stride * Config::kElementBytes
-                                       : static_cast<const std::byte*>(params_.x);
-      device::cp_async_16_zfill(stage.activations + row * Config::kRowBytes + (chunk ^ (row % 8)) * kChunkBytes,
-                                address, bytes);
+      if (Config::kTokens % kRowsAtOnce != 0 && row + i * kRowsAtOnce >= Config::kTokens) break;
+      // (row + i * kRowsAtOnce) % 8 is the exclusive or of both parts: they share no bit below 8.
+      std::byte* target = stage.activations + row * Config::kRowBytes +
+                          (chunk ^ (row % 8) ^ (i * kRowsAtOnce % 8)) * kChunkBytes +
+                          i * kRowsAtOnce * Config::kRowBytes;
+      device::cp_async_16_zfill(target, source, i * kRowsAtOnce < tokens_left_ ? row_bytes : 0);
+      source += kRowsAtOnce * Config::kElementBytes * params_.x_stride;
+    }
+    activation_source_ += Config::kRowBytes;
+    activations_left_ -= Config::kRowBytes;
+  }
+
+  // The K blocks of a tile are neighbours in memory.
+  __device__ __forceinline__ void copy_codes(Stage& stage) {
+    constexpr int kBlockChunks = Config::kBlocksK * Config::kBlockBytes / kChunkBytes;  // of one channel block
+    const int64_t block_stride = static_cast<int64_t>(num_k_blocks_) * Config::kBlockBytes;
+    std::byte* target = stage.codes + thread_ * kChunkBytes;
+    const std::byte* source = code_source_;
+    if constexpr (kBlockChunks % Config::kThreads == 0) {
+#pragma unroll
+      for (int block = 0; block < Config::kBlocksChannels; ++block) {
+#pragma unroll
+        for (int i = 0; i < kBlockChunks / Config::kThreads; ++i)
+          copy_code_chunk(target + (block * kBlockChunks + i * Config::kThreads) * kChunkBytes,
+                          source + i * Config::kThreads * kChunkBytes);
+        source += block_stride;
+      }
+    } else {
+      constexpr int kBlocksAtOnce = Config::kThreads / kBlockChunks;
+      static_assert(Config::kThreads % kBlockChunks == 0 && Config::kBlocksChannels % kBlocksAtOnce == 0);
+      source += thread_ / kBlockChunks * (block_stride - kBlockChunks * kChunkBytes);
+#pragma unroll
+      for (int i = 0; i < Config::kBlocksChannels / kBlocksAtOnce; ++i)
+        copy_code_chunk(target + i * Config::kThreads * kChunkBytes, source + i * kBlocksAtOnce * block_stride);
     }
   }
 
-  // The K blocks of a tile are neighbours in memory; blocks of K or channels that do not exist are zeros.
-  __device__ __forceinline__ void copy_codes(int k_tile, Stage& stage) {
-    constexpr int kBlockChunks = Config::kBlocksK * Config::kBlockBytes / kChunkBytes;  // of one channel block
-    constexpr int kChunks = Config::kBlocksChannels * kBlockChunks;
-    const int num_k_blocks = static_cast<int>(params_.weight.padded_in_features / kPackedInputs);
-    const int blocks_left = num_k_blocks - k_tile * Config::kBlocksK;
-    const int chunks_left = blocks_left * (Config::kBlockBytes / kChunkBytes);
-    const int num_channel_blocks = static_cast<int>(params_.weight.padded_out_features / kPackedChannels);
-    const int first_block = item_.channel_tile * Config::kBlocksChannels;
-#pragma unroll
-    for (int i = 0; i < (kChunks + Config::kThreads - 1) / Config::kThreads; ++i) {
-      const int index = thread_ + i * Config::kThreads;
-      if (kChunks % Config::kThreads != 0 && index >= kChunks) break;
-      const int channel_block = index / kBlockChunks, chunk = index % kBlockChunks;
-      std::byte* target = stage.codes + index * kChunkBytes;
-      if (chunk < chunks_left && first_block + channel_block < num_channel_blocks) {
-        const std::byte* source = params_.weight.codes +
-                                  (static_cast<int64_t>(first_block + channel_block) * num_k_blocks +
-                                   static_cast<int64_t>(k_tile) * Config::kBlocksK) *
-                                      Config::kBlockBytes +
-                                  chunk * kChunkBytes;
-        // With few tokens each weight is read once; with many, other CTAs want it from L2.
-        if constexpr (Config::kTokens <= 32)
-          device::cp_async_16_evict_first(target, source);
-        else
-          device::cp_async_16(target, source);
-      } else {
-        device::cp_async_16_zfill(target, params_.weight.codes, 0);
-      }
+  static __device__ __forceinline__ void copy_code_chunk(std::byte* target, const std::byte* source) {
+    // With few tokens each weight is read once; with many, other CTAs want it from L2.
+    if constexpr (Config::kTokens <= 32)
+      device::cp_async_16_evict_first(target, source);
+    else
+      device::cp_async_16(target, source);
+  }
+
+  // Blocks of K or of channels that do not exist are zeros.
+  __device__ __forceinline__ void copy_residual_codes(int k_tile, Stage& stage) {
+    constexpr int kBlockChunks = Config::kBlocksK * Config::kBlockBytes / kChunkBytes;
+    const int chunks_left = (num_k_blocks_ - k_tile * Config::kBlocksK) * (Config::kBlockBytes / kChunkBytes);
+    const int blocks_left = num_channel_blocks_ - item_.channel_tile * Config::kBlocksChannels;
+    const int64_t block_stride = static_cast<int64_t>(num_k_blocks_) * Config::kBlockBytes;
+#pragma unroll 1
+    for (int index = thread_; index < Config::kBlocksChannels * kBlockChunks; index += Config::kThreads) {
+      const int block = index / kBlockChunks, chunk = index % kBlockChunks;
+      device::cp_async_16_zfill(stage.codes + index * kChunkBytes,
+                                code_source_ + block * block_stride + (chunk - thread_) * kChunkBytes,
+                                chunk < chunks_left && block < blocks_left ? kChunkBytes : 0);
     }
   }
 
   // [channel blocks][groups of the tile][64] entries.
   __device__ __forceinline__ void copy_parameters(int k_tile, Stage& stage) {
     const int group_bytes = kPackedChannels * entry_bytes_;
-    const int groups = groups_per_tile(), first_group = first_group_of(k_tile);
-    const int block_chunks = groups * group_bytes / kChunkBytes;
-    const int num_channel_blocks = static_cast<int>(params_.weight.padded_out_features / kPackedChannels);
-    for (int index = thread_; index < Config::kBlocksChannels * block_chunks; index += Config::kThreads) {
-      const int block = index / block_chunks, chunk = index % block_chunks;
-      const int channel_block = item_.channel_tile * Config::kBlocksChannels + block;
-      const int group = first_group + chunk * kChunkBytes / group_bytes;
-      const bool exists = channel_block < num_channel_blocks && group < params_.weight.num_groups;
-      const int64_t offset =
-          (static_cast<int64_t>(channel_block) * params_.weight.num_groups + first_group) * group_bytes +
-          chunk * kChunkBytes;
-      device::cp_async_16_zfill(stage.parameters + index * kChunkBytes,
-                                params_.weight.group_params + (exists ? offset : 0), exists ? kChunkBytes : 0);
+    const int first_group = k_tile * Config::kTileK >> group_shift_;
+    const int block_bytes = groups_per_tile() * group_bytes;
+    const int bytes_left = (params_.weight.num_groups - first_group) * group_bytes;
+    const std::byte* source = parameter_source_ + static_cast<int64_t>(first_group) * group_bytes;
+#pragma unroll
+    for (int block = 0; block < Config::kBlocksChannels; ++block) {
+      const bool exists = item_.channel_tile * Config::kBlocksChannels + block < num_channel_blocks_;
+#pragma unroll 1
+      for (int offset = thread_ * kChunkBytes; offset < block_bytes; offset += Config::kThreads * kChunkBytes)
+        device::cp_async_16_zfill(stage.parameters + block * block_bytes + offset, source + offset,
+                                  exists && offset < bytes_left ? kChunkBytes : 0);
+      source += static_cast<int64_t>(params_.weight.num_groups) * group_bytes;
     }
   }
 
@@ -319,12 +373,11 @@ class TileProduct {
     const int groups = Config::kTileK >> group_shift_;
     return groups < 1 ? 1 : groups;
   }
-  __device__ __forceinline__ int first_group_of(int k_tile) const { return k_tile * Config::kTileK >> group_shift_; }
 
   // ---- shared -> registers
 
   // Step `step` (a constant after unrolling) of this warp's share of a K tile.
-  __device__ __forceinline__ void load_fragments(const Stage& stage, int k_tile, int step, Fragments& fragments) {
+  __device__ __forceinline__ void load_fragments(const Stage& stage, int step, Fragments& fragments) {
     const int block_k = warp_k_ * (Config::kBlocksK / Config::kWarpsK) + step / Config::kStepsPerBlock;
     const int step_in_block = step % Config::kStepsPerBlock;
     const int first_fragment = warp_channels_ * Config::kFragments;
@@ -332,9 +385,10 @@ class TileProduct {
 
     const int k = block_k * kPackedInputs + step_in_block * Config::kStepK;  // in the tile
     if constexpr (Config::kHasGroups) {
-      // group is a power of two: a new one begins at its multiples, and whatever the stage holds at its first step.
-      const int group_mask = (1 << group_shift_) - 1;
-      if (step == 0 || (k & group_mask) == 0 || Decoder::kMultipliesScale) {
+      // A group is a power of two: one begins at its multiples, and whatever the stage holds at its first step. Steps
+      // at which the smallest group cannot begin have no test.
+      const bool may_begin = step_in_block * Config::kStepK % Config::kSmallestGroup == 0;
+      if (step == 0 || (may_begin && (k & ((1 << group_shift_) - 1)) == 0)) {
         const int group = k >> group_shift_;
         const std::byte* entries = stage.parameters +
                                    (channel_block * groups_per_tile() + group) * (kPackedChannels * entry_bytes_) +
@@ -443,13 +497,18 @@ class TileProduct {
   int thread_, lane_, warp_channels_, warp_tokens_, warp_k_;
   int group_shift_, entry_bytes_;
   WorkItem item_;
+  int num_k_blocks_, num_channel_blocks_;
+  // Of this thread's copies (open_sources); `left` counts what exists from there on, in bytes and rows.
+  const std::byte *activation_source_, *code_source_, *parameter_source_;
+  int activations_left_, tokens_left_;
   // Of the step that is being decoded: a vector serves several steps, parameters a whole group.
   uint32_t vectors_[Config::kFragments][4];
   Parameters parameters_[Config::kHasGroups ? Config::kFragments : 1][2];
 };
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads) gemm_tile_kernel(const __grid_constant__ GemmKernelParams params) {
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
+    gemm_tile_kernel(const __grid_constant__ GemmKernelParams params) {
   auto& storage = device::dynamic_shared<typename Config::Storage>();
   const int num_token_tiles = (params.num_tokens + Config::kTokens - 1) / Config::kTokens;
   const int num_channel_tiles =
@@ -468,15 +527,11 @@ void launch_gemm_tile(const char* name, const GemmKernelParams& params, void* st
                  sizeof(typename Config::Storage), stream, params);
 }
 
-// Registry entry of an instance. Of 164 KB of shared memory on the smallest chip, and of registers, as many CTAs run on
-// an SM.
+// Registry entry of an instance.
 template <typename Config>
 constexpr GemmKernel tile_entry(const char* name, const char* verified_on, const char* layout, uint32_t groups,
                                 void (*launch)(const GemmKernelParams&, void*)) {
   using Decoder = typename Config::Decoder;
-  constexpr size_t kSharedOfSm = 163 * 1024;
-  constexpr int kByShared = static_cast<int>(kSharedOfSm / (sizeof(typename Config::Storage) + 1024));
-  constexpr int kByThreads = 512 / Config::kThreads;
   GemmKernel entry{};
   entry.info = {name, verified_on};
   entry.activations = Decoder::kActivations;
@@ -495,8 +550,7 @@ constexpr GemmKernel tile_entry(const char* name, const char* verified_on, const
   entry.warps_k = Config::kWarpsK;
   entry.num_stages = Config::kStages;
   entry.shared_bytes = sizeof(typename Config::Storage);
-  entry.ctas_per_sm = kByShared < kByThreads ? kByShared : kByThreads;
-  if (entry.ctas_per_sm < 1) entry.ctas_per_sm = 1;
+  entry.ctas_per_sm = Config::kCtasPerSm;
   entry.can_split = true;
   entry.accumulation = std::is_same_v<typename Config::Sum, int32_t> ? GemmKernel::kIntegers
                        : Config::kWarpsK == 1                        ? GemmKernel::kAscendingMma
