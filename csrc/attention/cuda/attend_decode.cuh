@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(kDecodeThreads, DecodeShape<kHeadDim, kKCodec,
       constexpr int kReads = Shape::kKRowBytes / (16 * kWords);
       constexpr int kStepsPerRead = kSteps / kReads;
       // Where Q is read anew, reads of K that run ahead would take registers from the output.
-      constexpr int kReadsAhead = Shape::kHoldsQueries || kReads < 2 ? kReads : 2;
+      [[maybe_unused]] constexpr int kReadsAhead = Shape::kHoldsQueries || kReads < 2 ? kReads : 2;
 #pragma unroll kReadsAhead
       for (int read = 0; read < kReads; ++read) {
         uint32_t row[kWords], row_8[kWords];
