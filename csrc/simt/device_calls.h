@@ -82,10 +82,4 @@ void yield_to_others();
 
 [[noreturn]] void trap(Site site);
 
-// Throws std::runtime_error when CUDA would refuse the launch.
-struct LaunchShape {
-  unsigned grid[3], block[3];
-  size_t shared_bytes;
-};
-
 }  // namespace partita::simt
