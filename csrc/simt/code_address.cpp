@@ -18,12 +18,14 @@ std::string ask_addr2line(const char* library, unsigned long offset) {
   FILE* pipe = popen(command, "r");
   if (!pipe) return "";
   std::string found;
+  bool is_twin = true;
   char line[1024];
-  // With -i the innermost inlined call comes first; wrappers and intrinsics are passed over for what called them.
+  // With -i the innermost inlined call comes first; wrappers and intrinsics are passed over for what called them, as
+  // far as they were inlined into it.
   while (std::fgets(line, sizeof line, pipe)) {
     line[std::strcspn(line, " \n")] = '\0';
-    if (line[0] == '?' || std::strstr(line, "csrc/simt/device/")) continue;
-    if (!found.empty()) continue;
+    if (line[0] == '?' || !is_twin) continue;
+    is_twin = std::strstr(line, "csrc/simt/device/") != nullptr;
     const char* path = line;
     for (const char* at = std::strstr(line, "csrc/"); at; at = std::strstr(at + 1, "csrc/")) path = at + 5;
     found = path;
