@@ -60,6 +60,14 @@ struct AsyncCopy {
   const void* source;
 };
 
+// Bytes that a wgmma under way may still read.
+constexpr size_t kAsyncReadBytes = 32;
+struct AsyncRead {
+  uint32_t shared_offset;
+  uint32_t group;
+  const void* code;  // the call
+};
+
 struct Thread {
   FiberState fiber;
   char* stack_low;
@@ -75,6 +83,11 @@ struct Thread {
   // cp.async, oldest first.
   AsyncCopy* copies;
   uint32_t num_copies, copies_capacity, num_groups;
+
+  // wgmma, oldest first.
+  AsyncRead* reads;
+  uint32_t num_reads, reads_capacity, num_read_groups;
+  uint32_t proxy_fence;  // the clock after its latest fence_async_proxy
 };
 
 // Lanes that have come to an instruction of several lanes; `complete` stands for the instruction.

@@ -56,6 +56,13 @@ void copy_async(void* shared, const void* global, int bytes, int source_bytes);
 void copy_async_commit();
 void copy_async_wait(int num_pending_groups, Site site);
 
+// wgmma's way of reading shared memory, which is another than the threads': 32 bytes that this thread answers for. They
+// are read until the wait that covers their group; who wrote them must have fenced since.
+void read_async(const void* shared);
+void read_async_commit();
+void read_async_wait(int num_pending_groups, Site site);
+void fence_async_proxy(Site site);
+
 Registers<uint32_t, 4> load_global_16(const void* global);
 Registers<uint32_t, 2> load_global_8(const void* global);
 uint32_t load_global_4(const void* global);
@@ -81,11 +88,5 @@ uint64_t atomic_compare_exchange(uint64_t* address, uint64_t expected, uint64_t 
 void yield_to_others();
 
 [[noreturn]] void trap(Site site);
-
-// Throws std::runtime_error when CUDA would refuse the launch.
-struct LaunchShape {
-  unsigned grid[3], block[3];
-  size_t shared_bytes;
-};
 
 }  // namespace partita::simt

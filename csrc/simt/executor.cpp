@@ -91,6 +91,8 @@ void run_thread() {
   for (uint32_t i = 0; i < thread.num_copies; ++i)
     report(thread, nullptr, "ended with a cp.async under way to shared memory + %u: no cp_async_wait after it",
            thread.copies[i].shared_offset);
+  if (thread.num_reads > 0)
+    report(thread, thread.reads[0].code, "ended with a wgmma under way: no wgmma_wait after it");
   thread.waiting = Waiting::kEnded;
   thread.warp->alive &= ~(1u << thread.lane);
   thread.warp->runnable &= ~(1u << thread.lane);
@@ -118,7 +120,10 @@ Block::Block() : shared(map_pages(kMaxSharedBytes)), stacks(map_pages(kMaxThread
 }
 
 Block::~Block() {
-  for (Thread& thread : threads) std::free(thread.copies);
+  for (Thread& thread : threads) {
+    std::free(thread.copies);
+    std::free(thread.reads);
+  }
   munmap(shared, kMaxSharedBytes);
   munmap(stacks, kMaxThreads * kStackBytes);
 }
@@ -306,6 +311,7 @@ void Executor::start_block(Block& block, Index3 index) {
     thread.index = {i % extent.x, i / extent.x % extent.y, i / (extent.x * extent.y)};
     thread.waiting = Waiting::kNo;
     thread.num_copies = thread.num_groups = 0;
+    thread.num_reads = thread.num_read_groups = thread.proxy_fence = 0;
     // Stacks that began at the same offset of their pages would share a few sets of the cache.
     const size_t offset = i * 7 % 64 * 64;
     thread.fiber = prepare_fiber(thread.stack_low, kStackBytes - offset, &run_thread);

@@ -283,4 +283,42 @@ void copy_async_wait(int num_pending_groups, Site site) {
   maybe_preempt(thread);
 }
 
+// ---- wgmma's reads -------------------------------------------------------------------------------------------------
+
+void read_async(const void* shared) {
+  Thread& thread = *current_thread;
+  const void* code = __builtin_return_address(0);
+  constexpr size_t kBytes = kAsyncReadBytes;
+  const size_t offset = shared_offset(thread, shared, kBytes, kBytes, code);
+  thread.block->shadow.begin_async_read(thread, offset, kBytes, code);
+  if (thread.num_reads == thread.reads_capacity) {
+    thread.reads_capacity = thread.reads_capacity == 0 ? 64 : 2 * thread.reads_capacity;
+    thread.reads = static_cast<AsyncRead*>(std::realloc(thread.reads, thread.reads_capacity * sizeof(AsyncRead)));
+    if (!thread.reads) std::abort();
+  }
+  thread.reads[thread.num_reads++] = {static_cast<uint32_t>(offset), thread.num_read_groups, code};
+}
+
+void read_async_commit() { ++current_thread->num_read_groups; }
+
+void read_async_wait(int num_pending_groups, Site site) {
+  Thread& thread = *current_thread;
+  if (skip_site(thread, site)) return;
+  const uint32_t pending = static_cast<uint32_t>(num_pending_groups);
+  const uint32_t end_group = thread.num_read_groups > pending ? thread.num_read_groups - pending : 0;
+  uint32_t done = 0;
+  for (; done < thread.num_reads && thread.reads[done].group < end_group; ++done)
+    thread.block->shadow.end_async_read(thread, thread.reads[done].shared_offset, kAsyncReadBytes,
+                                        thread.reads[done].code);
+  thread.num_reads -= done;
+  std::memmove(thread.reads, thread.reads + done, thread.num_reads * sizeof(AsyncRead));
+  maybe_preempt(thread);
+}
+
+void fence_async_proxy(Site site) {
+  Thread& thread = *current_thread;
+  if (skip_site(thread, site)) return;
+  thread.proxy_fence = ++thread.block->clocks.now;
+}
+
 }  // namespace partita::simt

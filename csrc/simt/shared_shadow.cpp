@@ -75,12 +75,15 @@ void SharedShadow::reset(size_t shared_bytes, uint32_t num_warps) {
   if (num_words > words_capacity_) {
     words_.reset(new Cell[num_words]);
     bytes_.reset(new Cell[4 * num_words]);
+    async_reads_.reset(new uint16_t[num_words]);
     words_capacity_ = num_words;
   }
   shared_bytes_ = shared_bytes;
   num_warps_ = num_warps;
   const Cell untouched{0, 0, 0, 0, 0, kNobody, kNoWarp, 0};
   std::fill_n(words_.get(), num_words, untouched);
+  std::fill_n(async_reads_.get(), num_words, uint16_t{0});
+  num_async_reads_ = 0;
   num_sets_ = 0;
   num_free_sets_ = 0;
 }
@@ -250,6 +253,9 @@ void SharedShadow::access(Thread& thread, size_t offset, size_t bytes, Access ki
     const size_t word = offset / 4;
     const size_t word_end = std::min(end, 4 * word + 4);
     Cell& cell = words_[word];
+    if (num_async_reads_ > 0 && kind != Access::kRead && async_reads_[word] > 0)
+      report(thread, code_address, "%s of shared memory + %zu, which a wgmma still reads: no wgmma_wait before",
+             name_of(kind), offset);
     if (offset % 4 == 0 && word_end == 4 * word + 4) {
       if ((cell.flags & kSplit) == 0) {
         access_cell(thread, cell, offset, bytes, kind, code, who);
@@ -264,6 +270,34 @@ void SharedShadow::access(Thread& thread, size_t offset, size_t bytes, Access ki
     }
     offset = word_end;
   }
+}
+
+void SharedShadow::check_proxy(Thread& thread, const Cell& cell, size_t offset, const void* code) {
+  if (cell.writer == kNobody || (cell.flags & kAtomics) != 0) return;
+  const Thread& writer = thread.block->threads[linear_index(cell.writer)];
+  if (writer.proxy_fence > cell.write_time) return;
+  report(thread, code, "wgmma of shared memory + %zu, which thread %u wrote%s: no fence_async_proxy after it", offset,
+         writer.linear_index, CodePlace(cell.write_code).text);
+}
+
+void SharedShadow::begin_async_read(Thread& thread, size_t offset, size_t bytes, const void* code) {
+  access(thread, offset, bytes, Access::kRead, code);
+  for (size_t word = offset / 4; word < (offset + bytes) / 4; ++word) {
+    const Cell& cell = words_[word];
+    if ((cell.flags & kSplit) == 0)
+      check_proxy(thread, cell, 4 * word, code);
+    else
+      for (size_t i = 4 * word; i < 4 * word + 4; ++i) check_proxy(thread, bytes_[i], i, code);
+    ++async_reads_[word];
+    ++num_async_reads_;
+  }
+}
+
+// Read once more, now: the barrier that lets others write must come after the wait.
+void SharedShadow::end_async_read(Thread& thread, size_t offset, size_t bytes, const void* code) {
+  for (size_t word = offset / 4; word < (offset + bytes) / 4; ++word) --async_reads_[word];
+  num_async_reads_ -= bytes / 4;
+  access(thread, offset, bytes, Access::kRead, code);
 }
 
 // Copies cover whole words, and their issue has merged them.

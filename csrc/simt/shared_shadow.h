@@ -11,7 +11,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <vector>
 
 namespace partita::simt {
 
@@ -46,6 +45,10 @@ class SharedShadow {
   void access(Thread& thread, size_t offset, size_t bytes, Access kind, const void* code, bool is_whole_warp = false);
   // The copy's bytes have arrived.
   void finish_copy(Thread& thread, size_t offset, size_t bytes);
+  // Whole words that a wgmma begins to read and has read. Until then nobody writes them; what was written to them
+  // before was followed by its writer's fence_async_proxy.
+  void begin_async_read(Thread& thread, size_t offset, size_t bytes, const void* code);
+  void end_async_read(Thread& thread, size_t offset, size_t bytes, const void* code);
 
  private:
   // Who reads or writes: lanes of one warp.
@@ -77,11 +80,14 @@ class SharedShadow {
   void copy_set(uint32_t& index);
   void check_order(Thread& thread, const char* kind, size_t offset, size_t bytes, uint32_t code, Who who,
                    const char* other_kind, Who other, const Group& group);
+  void check_proxy(Thread& thread, const Cell& cell, size_t offset, const void* code);
 
   size_t shared_bytes_ = 0;
   uint32_t num_warps_ = 0;
   std::unique_ptr<Cell[]> words_;
   std::unique_ptr<Cell[]> bytes_;
+  std::unique_ptr<uint16_t[]> async_reads_;  // of each word, under way
+  uint64_t num_async_reads_ = 0;
   size_t words_capacity_ = 0;
   Group* sets_ = nullptr;  // [num_sets, num_warps + 1]
   uint32_t num_sets_ = 0;

@@ -18,6 +18,7 @@ namespace partita::simt {
 namespace {
 
 constexpr size_t kAlignment = 256;
+constexpr size_t kGuardBytes = 4096;  // after each allocation: what runs past the end does not land in the next one
 // As much as anything here asks for; a small number of SMs makes plans split work as they would on a large chip.
 constexpr size_t kMemoryBytes = size_t{8} << 30;
 constexpr int kNumSms = 16;
@@ -69,7 +70,7 @@ class SimtGpu final : public Gpu {
         throw std::runtime_error(concat("simt: out of memory: ", label, " wants ", bytes, " bytes"));
       used_bytes_ += bytes;
     }
-    void* memory = ::operator new(bytes, std::align_val_t(kAlignment));
+    void* memory = ::operator new(bytes + kGuardBytes, std::align_val_t(kAlignment));
     std::memset(memory, 0xff, bytes);  // NaN, or an index far out of range: what nobody wrote shows
     register_allocation(memory, bytes, label);
     const std::lock_guard<std::mutex> lock(mutex_);

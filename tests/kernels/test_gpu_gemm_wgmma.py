@@ -126,7 +126,7 @@ def test_every_wait_and_barrier_is_needed():
     native.simt_take_visited_sites()
     right = run(x)
     sites = [site for site in native.simt_take_visited_sites() if "wgmma_tile_sm90.cuh" in site]
-    assert len(sites) == 6, sites  # two waits for copies, four barriers
+    assert len(sites) == 9, sites  # two waits for copies and their fences, the products' wait, four barriers
     try:
         for site in sites:
             native.simt_set_disabled_site(site)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from runtime import _native
+
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARY = ROOT / "python" / "runtime" / "libpartita_cuda.so"
+LIBRARY = Path(_native.__file__).parent / "libpartita_cuda.so"
 sys.path.insert(0, str(ROOT / "tools"))
 
 import sass_report  # noqa: E402

@@ -56,6 +56,12 @@ FAULTS = {
     "part_of_a_warp_mma": r"mma: lanes 0x7fffffff came, wanted the whole warp",
     "other_threads_locals": r"write of 4 bytes out of bounds: at 0x",
     "deep_recursion": r"used up its stack",
+    "wgmma_no_fence": r"wgmma of shared memory \+ \d+, which thread \d+ wrote .*: no fence_async_proxy after it",
+    "wgmma_fence_before_write": r"wgmma of shared memory \+ \d+, which thread \d+ wrote .*: no fence_async_proxy",
+    "wgmma_no_wait": r"which a wgmma still reads: no wgmma_wait before|ended with a wgmma under way",
+    "wgmma_weak_wait": r"which a wgmma still reads: no wgmma_wait before|ended with a wgmma under way",
+    "wgmma_writes_before_wait": r"write of shared memory \+ \d+, which a wgmma still reads: no wgmma_wait before",
+    "wgmma_no_barrier_after_wait": r"race: (read|write) of|which a wgmma still reads",
     "large_plan": r"the plan takes 8192 bytes aligned to 4, the launch gave 1088",
 }
 REFUSALS = {
@@ -63,7 +69,7 @@ REFUSALS = {
     "many_threads": r"block: got \(1025, 1, 1\)",
     "much_shared": r"shared_bytes: got 233472, wanted at most 232448",
 }
-RIGHT = ["neighbouring_bytes_in_order", "syncwarp_of_own_half"]
+RIGHT = ["neighbouring_bytes_in_order", "syncwarp_of_own_half", "wgmma_right"]
 
 
 @pytest.fixture(autouse=True)
@@ -105,13 +111,10 @@ def test_right_kernel_is_not_reported(simt, name):
 
 
 def test_all_defects_are_tried(simt):
-    """Every kernel of csrc/simt/defects stands in a list above, and this file's lists hold no others."""
-    source = Path(__file__).parents[2] / "csrc/simt/defects/defects.cu"
-    names = [
-        n
-        for n in _native.device_test_kernels(simt)
-        if f'"{n}"' in source.read_text() or f"DEFECT({n})" in source.read_text()
-    ]
+    """Every kernel of csrc/simt/defects stands in a list above, and these lists hold no others."""
+    folder = Path(__file__).parents[2] / "csrc/simt/defects"
+    text = (folder / "defects.cu").read_text() + (folder / "wgmma.cu").read_text()
+    names = [n for n in _native.device_test_kernels(simt) if f'{{"{n}"' in text or f"DEFECT({n})" in text]
     assert sorted(names) == sorted([*FAULTS, *REFUSALS, *RIGHT, "polls_forever"])
 
 

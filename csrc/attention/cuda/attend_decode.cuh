@@ -87,7 +87,7 @@ struct WarpFetch {
     const int64_t first_row = int64_t{kv_head} * params.page_size + (first_token & (params.page_size - 1));
     const std::byte* source = page + from.codes_offset + first_row * from.row_bytes;
     constexpr int kChunks = kRowBytes / 16;
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < kWarpTokens * kChunks / device::kWarpSize; ++i) {
       const int index = i * device::kWarpSize + lane;
       const int row = index / kChunks, chunk = index % kChunks;
@@ -283,7 +283,9 @@ __global__ void __launch_bounds__(kDecodeThreads, DecodeShape<kHeadDim, kKCodec,
       constexpr int kWords = k_read_words<K::kBits, kHeadDim>();
       constexpr int kReads = Shape::kKRowBytes / (16 * kWords);
       constexpr int kStepsPerRead = kSteps / kReads;
-#pragma unroll
+      // Where Q is read anew, reads of K that run ahead would take registers from the output.
+      [[maybe_unused]] constexpr int kReadsAhead = Shape::kHoldsQueries || kReads < 2 ? kReads : 2;
+#pragma unroll kReadsAhead
       for (int read = 0; read < kReads; ++read) {
         uint32_t row[kWords], row_8[kWords];
         if constexpr (kWords == 4) {

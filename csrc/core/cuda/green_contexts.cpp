@@ -111,12 +111,13 @@ GreenContexts::Part GreenContexts::make_part(CUdevResource resource) {
 }
 
 int GreenContexts::granted(int first_sms) const {
-  return (std::max(first_sms, smallest_) + granularity_ - 1) / granularity_ * granularity_;
+  const int most = (num_sms() - smallest_) / granularity_ * granularity_;  // the remainder is a part too
+  return std::min((std::max(first_sms, smallest_) + granularity_ - 1) / granularity_ * granularity_, most);
 }
 
 GpuRung GreenContexts::make_rung(int first_sms) {
-  PARTITA_CHECK(first_sms > 0 && granted(first_sms) < num_sms(), "first_sms: got ", first_sms, ", wanted 1 to ",
-                num_sms() - granularity_);
+  PARTITA_CHECK(first_sms > 0 && granted(first_sms) > 0, "first_sms: got ", first_sms, " of ", num_sms(),
+                " SMs, wanted at least 1 and parts of at least ", smallest_);
   CUdevResource first{}, second{};
   unsigned num_groups = 1;
   check(driver_->split(&first, &num_groups, &whole_, &second, 0, static_cast<unsigned>(granted(first_sms))),

@@ -20,11 +20,11 @@ class GreenContexts {
   GreenContexts(const GreenContexts&) = delete;
   GreenContexts& operator=(const GreenContexts&) = delete;
 
-  // A split with about `first_sms` SMs in its first part, rounded up to what the device grants, and all others in the
-  // second. Throws std::invalid_argument when that leaves nothing for the second part; std::runtime_error when the
-  // driver refuses. The streams live as long as this object.
+  // A split with about `first_sms` SMs in its first part, rounded to what the device grants, and all others in the
+  // second. Throws std::invalid_argument where the chip is too small for two parts; std::runtime_error when the driver
+  // refuses. The streams live as long as this object.
   GpuRung make_rung(int first_sms);
-  // What a wanted size is rounded up to.
+  // What a wanted size is rounded to: up, but leaving a part's worth.
   int granted(int first_sms) const;
 
   bool is_available() const { return is_available_; }

@@ -1,5 +1,6 @@
-// Twin of csrc/device/ptx_wgmma.cuh: eight columns at a time through mma.sync. The product is complete when the call
-// returns, and shared memory is read then; the waits and fences of the asynchronous instruction are not checked here.
+// Twin of csrc/device/ptx_wgmma.cuh: eight columns at a time through mma.sync. The sums are complete when the call
+// returns, but the bytes of B count as read until the wait, and what was written to them must have been fenced. What is
+// not checked is the use of the registers of A and D before the wait, and wgmma_fence.
 #pragma once
 
 #include "device/launch.cuh"
@@ -19,10 +20,12 @@ inline WgmmaMatrix wgmma_columns(WgmmaMatrix matrix, int bytes) {
 }
 
 inline void wgmma_fence() {}
-inline void wgmma_commit() {}
+inline void wgmma_commit() { simt::read_async_commit(); }
 template <int kPending>
-inline void wgmma_wait() {}
-inline void fence_async_proxy() {}
+inline void wgmma_wait(simt::Site site = simt::Site::here()) {
+  simt::read_async_wait(kPending, site);
+}
+inline void fence_async_proxy(simt::Site site = simt::Site::here()) { simt::fence_async_proxy(site); }
 
 // The swizzle is that of the address, as in hardware: rows that do not begin at a multiple of 1024 bytes come out
 // wrong.
@@ -30,6 +33,11 @@ template <typename Multiply, typename Sum>
 inline void wgmma_by_columns(Sum (&d)[16][4], const uint32_t (&a)[4], WgmmaMatrix b, const Multiply& multiply,
                              simt::Site site) {
   const int lane = static_cast<int>(lane_idx());
+  // Of the 128 rows each lane answers for four: the two chunks lie in the same 32 bytes, in this order or the other.
+  for (int row = lane; row < 128; row += kWarpSize) {
+    const int swizzle = static_cast<int>(reinterpret_cast<uintptr_t>(b.rows + row * 128) / 128 % 8);
+    simt::read_async(b.rows + row * 128 + ((b.first_chunk ^ swizzle) & ~1) * 16);
+  }
   for (int n = 0; n < 16; ++n) {
     const std::byte* row = b.rows + (8 * n + lane % 8) * 128;
     const int swizzle = static_cast<int>(reinterpret_cast<uintptr_t>(row) / 128 % 8);
