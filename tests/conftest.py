@@ -67,7 +67,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
             f"and stores checked, {run['num_reports']} reports (tests that plant an error included)"
         )
     if not has_cuda_device():
-        terminalreporter.write_line("no CUDA device here: bodies of sm_90a kernels were not run")
+        terminalreporter.write_line("no CUDA device here: kernels that need TMA (CUTLASS, sm_90a) did not run at all")
 
 
 def pytest_report_header() -> str:
