@@ -9,7 +9,8 @@
 #                                             build/gpu_check and leaves logs and JSON in OUT (default build/gpu_out)
 #     --libraries FOLDER   take the ready libraries from here
 #     --build              build everything here instead, for the GPU's own architecture
-#     --only PART[,PART]   parts: kernels, engine, bench, model (default: all of them, in this order)
+#     --only PART[,PART]   parts: kernels, engine, bench, model (default: these, in this order), candidates (every matmul
+#                          kernel at the shapes of Llama-3-8B, and the selection table of the quickest)
 #     --sanitize           run the kernel tests under compute-sanitizer (memcheck, then racecheck) as well
 #     --seconds N          stop starting parts after so long (default 500)
 set -uo pipefail
@@ -107,5 +108,9 @@ if wants bench; then
   done
 fi
 if wants model; then part bench_gpu_step "$python" bench/kernels/bench_gpu_step.py --json "$out/bench_gpu_step.json"; fi
+if wants candidates; then
+  part candidates "$python" bench/kernels/bench_gpu_gemm.py --candidates --models Llama-3-8B --tokens 1,8,16,64,256,1024,4096 \
+    --seconds 300 --json "$out/candidates.json"
+fi
 say "gpu_check: $failures parts failed, $SECONDS s; logs and JSON in $out"
 [ $failures = 0 ]

@@ -6,8 +6,9 @@
 A kind is a weight, its groups and an activation type; `--list` prints them. Time of one call from a replayed graph of
 many, over copies of the weight that together are more than twice the L2, median of the replays. The roofline is the
 larger of bytes at the data sheet's bandwidth and operations at its dense tensor rate for the activation type; `ratio` is
-torch's bf16 time of the same shape in the same run over ours. --world simt runs the same on the host, on small shapes,
-to see that the script works; it has no clock.
+torch's time of the same shape in the same run over ours: its bf16 matmul, for FP8 its scaled matmul. --candidates times
+every kernel that could serve, not only the chosen one. --world simt runs the same on the host, on small shapes, to see
+that the script works; it has no clock.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,11 +81,12 @@ class Measurement:
     bytes: float
     floor_microseconds: float
     choice: str
+    peer: str  # what torch_microseconds is of
 
     def line(self) -> str:
         us = self.microseconds
         rate = (lambda amount: amount / us) if us else (lambda _: 0.0)
-        ratio = f"{self.torch_microseconds / us:6.2f}x torch bf16" if us and self.torch_microseconds else ""
+        ratio = f"{self.torch_microseconds / us:6.2f}x {self.peer}" if us and self.torch_microseconds else ""
         return (
             f"{self.model:<12} {self.layer:<8} {self.kind:<15} T {self.tokens:5d} {us:9.2f} us "
             f"{rate(self.operations) * 1e-6:7.1f} TFLOP/s {rate(self.bytes) * 1e-3:7.1f} GB/s "
@@ -163,7 +167,8 @@ def median_us(gpu, launches: list[Callable[[int], None]]) -> float:
 
 
 class TorchTimes:
-    """torch.nn.functional.linear in bf16, once for each shape and number of tokens."""
+    """torch's own matmul in the same run, once for each shape and number of tokens: bf16 (cuBLAS), or for FP8 weights
+    its scaled matmul of per-token and per-channel scales."""
 
     def __init__(self, gpu, l2_bytes: int):
         self.torch = None
@@ -175,50 +180,114 @@ class TorchTimes:
             except ImportError:
                 pass
         self.l2_bytes = l2_bytes
-        self.times: dict[tuple[int, int, int], float] = {}
+        self.times: dict[tuple[str, int, int, int], float] = {}
 
-    def microseconds(self, rows: int, cols: int, tokens: int) -> float:
+    @staticmethod
+    def name(kind: Kind) -> str:
+        return "torch fp8" if kind.activations == "e4m3" else "torch bf16"
+
+    def microseconds(self, kind: Kind, rows: int, cols: int, tokens: int) -> float:
+        """0 where torch has no GPU, or refuses the shape (it says so)."""
         if self.torch is None:
             return 0.0
-        key = (rows, cols, tokens)
+        key = (self.name(kind), rows, cols, tokens)
         if key not in self.times:
-            self.times[key] = self._measure(rows, cols, tokens)
+            try:
+                self.times[key] = self._measure(self._launches(kind, rows, cols, tokens))
+            except RuntimeError as error:
+                print(f"{self.name(kind)} [{rows}, {cols}] x {tokens}: {str(error).splitlines()[0]}", flush=True)
+                self.times[key] = 0.0
         return self.times[key]
 
-    def _measure(self, rows: int, cols: int, tokens: int) -> float:
+    def _launches(self, kind: Kind, rows: int, cols: int, tokens: int) -> list[Callable[[], object]]:
+        """One call for each copy of the weight; together the copies are more than twice the L2."""
         torch = self.torch
-        copies = max(2, math.ceil(2.5 * self.l2_bytes / (rows * cols * 2)))
+        is_fp8 = kind.activations == "e4m3"
+        copies = max(2, math.ceil(2.5 * self.l2_bytes / (rows * cols * (1 if is_fp8 else 2))))
         weights = [torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
         x = torch.randn(tokens, cols, device="cuda", dtype=torch.bfloat16)
-        out = torch.empty(tokens, rows, device="cuda", dtype=torch.bfloat16)
+        if not is_fp8:
+            out = torch.empty(tokens, rows, device="cuda", dtype=torch.bfloat16)
+            return [lambda weight=weight: torch.mm(x, weight.t(), out=out) for weight in weights]
+        x8, weights8 = x.to(torch.float8_e4m3fn), [weight.to(torch.float8_e4m3fn) for weight in weights]
+        x_scale = torch.full((tokens, 1), 0.01, device="cuda")
+        scale = torch.full((1, rows), 0.01, device="cuda")
+        return [
+            lambda weight=weight: torch._scaled_mm(
+                x8, weight.t(), scale_a=x_scale, scale_b=scale, out_dtype=torch.bfloat16
+            )
+            for weight in weights8
+        ]
+
+    def _measure(self, launches: list[Callable[[], object]]) -> float:
+        torch = self.torch
         stream = torch.cuda.Stream()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
             for _ in range(2):
-                torch.mm(x, weights[0].t(), out=out)
+                launches[0]()
             stream.synchronize()
             with torch.cuda.graph(graph, stream=stream):
-                for weight in weights:
-                    torch.mm(x, weight.t(), out=out)
+                for launch in launches:
+                    launch()
         times = []
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        for _ in range(max(3, math.ceil(MIN_REPLAYS / copies)) + 1):
+        for _ in range(max(3, math.ceil(MIN_REPLAYS / len(launches))) + 1):
             begin.record()
             graph.replay()
             end.record()
             end.synchronize()
-            times.append(begin.elapsed_time(end) / copies * 1e3)
+            times.append(begin.elapsed_time(end) / len(launches) * 1e3)
         return statistics.median(times[1:])  # the first replay warms up
 
 
-def measure_layer(
+def candidate_names(linear) -> list[str]:
+    """Kernels that this device could run this weight with, those that no default would take among them."""
+    ranked = re.findall(r"^  (\S+) +[0-9.]+ us predicted", linear.describe_choice(1), re.MULTILINE)
+    passed_over = re.findall(r"^  (\S+): never ran", linear.reason, re.MULTILINE)
+    return [*dict.fromkeys(ranked + passed_over)]
+
+
+def table_of(gpu, kind: Kind, weight: CanonicalWeight, shape: tuple[int, int], kernel: str, tokens: list[int]) -> str:
+    """Lines that name this kernel for every number of tokens, with the splits that the cost model gives it."""
+    lines = [f"{shape[0]} {shape[1]} {count} {kernel} 1" for count in sorted(tokens)]
+    named = pack_linear_gpu(gpu, [weight], kind.activations, selection_table="\n".join(lines))
+    splits = []
+    for count in sorted(tokens):
+        found = re.search(rf"^  {re.escape(kernel)} .*?(\d+) splits", named.describe_choice(count), re.MULTILINE)
+        splits.append(found[1] if found else "1")
+    return "\n".join(f"{line[:-1]}{split}" for line, split in zip(lines, splits, strict=True))
+
+
+def measure_candidates(
     gpu, kind: Kind, model: str, layer: str, rows: int, cols: int, token_counts: list[int], peer: TorchTimes
 ) -> list[Measurement]:
+    """Every candidate at every number of tokens, and the selection table of the quickest."""
+    weight = random_weight(np.random.default_rng(0), kind, rows, cols)
+    measurements, winners = [], {}
+    for kernel in candidate_names(pack_linear_gpu(gpu, [weight], kind.activations)):
+        table = table_of(gpu, kind, weight, (rows, cols), kernel, token_counts)
+        measured = measure_layer(gpu, kind, model, layer, rows, cols, token_counts, peer, table)
+        measurements += measured
+        for line, m in zip(table.splitlines(), sorted(measured, key=lambda m: m.tokens), strict=True):
+            if m.microseconds and (m.tokens not in winners or m.microseconds < winners[m.tokens][0]):
+                winners[m.tokens] = (m.microseconds, line)
+    for _, (_, line) in sorted(winners.items()):
+        print(f"table: {line}", flush=True)
+    return measurements
+
+
+def measure_layer(
+    gpu, kind: Kind, model: str, layer: str, rows: int, cols: int, token_counts: list[int], peer: TorchTimes,
+    selection_table: str = "",
+) -> list[Measurement]:  # fmt: skip
     rng = np.random.default_rng(0)
     weight = random_weight(rng, kind, rows, cols)
-    first = pack_linear_gpu(gpu, [weight], kind.activations)
+    first = pack_linear_gpu(gpu, [weight], kind.activations, selection_table=selection_table)
     copies = max(2, math.ceil(2.5 * gpu.l2_bytes / first.packed_bytes)) if gpu.world == "cuda" else 2
-    linears = [first] + [pack_linear_gpu(gpu, [weight], kind.activations) for _ in range(copies - 1)]
+    linears = [first]
+    for _ in range(copies - 1):
+        linears.append(pack_linear_gpu(gpu, [weight], kind.activations, selection_table=selection_table))
     workspace = array_of(gpu, np.zeros(first.workspace_bytes(max(token_counts)), np.uint8), "uint8")
     measurements = []
     for tokens in token_counts:
@@ -244,8 +313,9 @@ def measure_layer(
             num_bytes / gpu.memory_gb_per_second * 1e-3 if gpu.memory_gb_per_second else 0.0,
             operations / tera * 1e-6 if tera else 0.0,
         )
-        choice = first.describe_choice(tokens).splitlines()[1].split()[0]
-        torch_us = peer.microseconds(rows, cols, tokens)
+        named = re.search(rf"^{rows} {cols} {tokens} (\S+) ", selection_table, re.MULTILINE)
+        choice = named[1] if named else first.describe_choice(tokens).splitlines()[1].split()[0]
+        torch_us = peer.microseconds(kind, rows, cols, tokens)
         measurements.append(
             Measurement(
                 model,
@@ -260,6 +330,7 @@ def measure_layer(
                 num_bytes,
                 floor,
                 choice,
+                peer.name(kind),
             )
         )
         print(measurements[-1].line(), flush=True)
@@ -267,22 +338,35 @@ def measure_layer(
 
 
 def print_summary(measurements: list[Measurement]) -> None:
-    """Geometric mean of the ratio to torch for each model, kind and number of tokens."""
-    groups: dict[tuple[str, str, int], list[float]] = {}
+    """For each model, kind and number of tokens: geometric mean of the ratio to torch over the layers that torch ran,
+    and, of 4-bit weights with int8 activations, their time as a share of 8-bit ones'."""
+    groups: dict[tuple[str, str, int], list[Measurement]] = {}
     for m in measurements:
-        if m.microseconds and m.torch_microseconds:
-            groups.setdefault((m.model, m.kind, m.tokens), []).append(m.torch_microseconds / m.microseconds)
-    for (model, kind, tokens), ratios in groups.items():
-        print(f"{model:<12} {kind:<15} T {tokens:5d}: {statistics.geometric_mean(ratios):5.2f}x torch bf16, geomean")
+        if m.microseconds:
+            groups.setdefault((m.model, m.kind, m.tokens), []).append(m)
+    for (model, kind, tokens), cases in groups.items():
+        notes = []
+        if ratios := [m.torch_microseconds / m.microseconds for m in cases if m.torch_microseconds]:
+            notes.append(f"{statistics.geometric_mean(ratios):5.2f}x {cases[0].peer}")
+        eight_bit = {m.layer: m.microseconds for m in groups.get((model, "w8a8", tokens), [])}
+        shares = [m.microseconds / eight_bit[m.layer] for m in cases if m.layer in eight_bit]
+        if kind.startswith("w4a8") and shares:
+            notes.append(f"{statistics.geometric_mean(shares):5.2f} of the time of w8a8")
+        if notes:
+            print(f"{model:<12} {kind:<15} T {tokens:5d}: {', '.join(notes)} (geometric means)")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=Path, help="model_shapes.json")
     parser.add_argument("--models", default="Llama-3-8B,Llama-3-70B")
-    parser.add_argument("--kinds", default="w4a16-g128,bf16,w8a8,w4a8-qoq")
+    parser.add_argument("--kinds", default="w4a16-g128,w8a8,w4a8-qoq,fp8,bf16")
     parser.add_argument("--layers", default="qkv,o,gate_up,down")
     parser.add_argument("--tokens", default="1,16,64,256,1024,4096")
+    parser.add_argument(
+        "--candidates", action="store_true", help="time every candidate and print the selection table of the quickest"
+    )
+    parser.add_argument("--seconds", type=float, default=150.0, help="no layer starts after this long")
     parser.add_argument("--world", default="cuda", choices=["cuda", "simt"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--list", action="store_true", help="print the kinds")
@@ -303,14 +387,19 @@ def main() -> int:
     peer = TorchTimes(gpu, gpu.l2_bytes)
     tokens = [int(count) for count in arguments.tokens.split(",")]
     measurements = []
+    deadline_s = time.monotonic() + arguments.seconds
     for model in arguments.models.split(","):
         shapes = layer_shapes(arguments.shapes, model)
         if gpu.world == "simt":  # a corner of each: the host executes every instruction
             shapes = {layer: (min(rows, 128), min(cols, 256)) for layer, (rows, cols) in shapes.items()}
         for kind in arguments.kinds.split(","):
             for layer in arguments.layers.split(","):
+                if time.monotonic() > deadline_s:
+                    print(f"{model} {kind} {layer}: not measured, {arguments.seconds:.0f} s are over")
+                    continue
                 rows, cols = shapes[layer]
-                measurements += measure_layer(gpu, KINDS[kind], model, layer, rows, cols, tokens, peer)
+                measure = measure_candidates if arguments.candidates else measure_layer
+                measurements += measure(gpu, KINDS[kind], model, layer, rows, cols, tokens, peer)
     print_summary(measurements)
     if arguments.json:
         device = {"name": gpu.name, "num_sms": gpu.num_sms, "memory_gb_per_second": gpu.memory_gb_per_second}
