@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from torch_matmul import MIN_REPLAYS, TorchMatmulTimes
 
 from runtime import _native
 from runtime.ops.gemm import CanonicalWeight, canonical_weight, pack_linear_gpu
@@ -35,7 +36,6 @@ ARRAY_NAMES = {"f16": "float16", "bf16": "bfloat16", "int8": "int8", "e4m3": "fl
 ACTIVATION_BYTES = {"f16": 2, "bf16": 2, "int8": 1, "e4m3": 1}
 # 1e12 operations per second, dense, 16-bit activations (bytes: twice that), from data sheets
 TENSOR_TERA = {80: 312.0, 89: 165.2, 90: 989.0}
-MIN_REPLAYS = 50
 
 
 @dataclass
@@ -166,81 +166,6 @@ def median_us(gpu, launches: list[Callable[[int], None]]) -> float:
     return statistics.median(times) * 1e3
 
 
-class TorchTimes:
-    """torch's own matmul in the same run, once for each shape and number of tokens: bf16 (cuBLAS), or for FP8 weights
-    its scaled matmul of per-token and per-channel scales."""
-
-    def __init__(self, gpu, l2_bytes: int):
-        self.torch = None
-        if gpu.world == "cuda":
-            try:
-                import torch
-
-                self.torch = torch if torch.cuda.is_available() else None
-            except ImportError:
-                pass
-        self.l2_bytes = l2_bytes
-        self.times: dict[tuple[str, int, int, int], float] = {}
-
-    @staticmethod
-    def name(kind: Kind) -> str:
-        return "torch fp8" if kind.activations == "e4m3" else "torch bf16"
-
-    def microseconds(self, kind: Kind, rows: int, cols: int, tokens: int) -> float:
-        """0 where torch has no GPU, or refuses the shape (it says so)."""
-        if self.torch is None:
-            return 0.0
-        key = (self.name(kind), rows, cols, tokens)
-        if key not in self.times:
-            try:
-                self.times[key] = self._measure(self._launches(kind, rows, cols, tokens))
-            except RuntimeError as error:
-                print(f"{self.name(kind)} [{rows}, {cols}] x {tokens}: {str(error).splitlines()[0]}", flush=True)
-                self.times[key] = 0.0
-        return self.times[key]
-
-    def _launches(self, kind: Kind, rows: int, cols: int, tokens: int) -> list[Callable[[], object]]:
-        """One call for each copy of the weight; together the copies are more than twice the L2."""
-        torch = self.torch
-        is_fp8 = kind.activations == "e4m3"
-        copies = max(2, math.ceil(2.5 * self.l2_bytes / (rows * cols * (1 if is_fp8 else 2))))
-        weights = [torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
-        x = torch.randn(tokens, cols, device="cuda", dtype=torch.bfloat16)
-        if not is_fp8:
-            out = torch.empty(tokens, rows, device="cuda", dtype=torch.bfloat16)
-            return [lambda weight=weight: torch.mm(x, weight.t(), out=out) for weight in weights]
-        x8, weights8 = x.to(torch.float8_e4m3fn), [weight.to(torch.float8_e4m3fn) for weight in weights]
-        x_scale = torch.full((tokens, 1), 0.01, device="cuda")
-        scale = torch.full((1, rows), 0.01, device="cuda")
-        return [
-            lambda weight=weight: torch._scaled_mm(
-                x8, weight.t(), scale_a=x_scale, scale_b=scale, out_dtype=torch.bfloat16
-            )
-            for weight in weights8
-        ]
-
-    def _measure(self, launches: list[Callable[[], object]]) -> float:
-        torch = self.torch
-        stream = torch.cuda.Stream()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                launches[0]()
-            stream.synchronize()
-            with torch.cuda.graph(graph, stream=stream):
-                for launch in launches:
-                    launch()
-        times = []
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        for _ in range(max(3, math.ceil(MIN_REPLAYS / len(launches))) + 1):
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / len(launches) * 1e3)
-        return statistics.median(times[1:])  # the first replay warms up
-
-
 def candidate_names(linear) -> list[str]:
     """Kernels that this device could run this weight with, those that no default would take among them."""
     ranked = re.findall(r"^  (\S+) +[0-9.]+ us predicted", linear.describe_choice(1), re.MULTILINE)
@@ -260,7 +185,7 @@ def table_of(gpu, kind: Kind, weight: CanonicalWeight, shape: tuple[int, int], k
 
 
 def measure_candidates(
-    gpu, kind: Kind, model: str, layer: str, rows: int, cols: int, token_counts: list[int], peer: TorchTimes
+    gpu, kind: Kind, model: str, layer: str, rows: int, cols: int, token_counts: list[int], peer: TorchMatmulTimes
 ) -> list[Measurement]:
     """Every candidate at every number of tokens, and the selection table of the quickest."""
     weight = random_weight(np.random.default_rng(0), kind, rows, cols)
@@ -278,7 +203,7 @@ def measure_candidates(
 
 
 def measure_layer(
-    gpu, kind: Kind, model: str, layer: str, rows: int, cols: int, token_counts: list[int], peer: TorchTimes,
+    gpu, kind: Kind, model: str, layer: str, rows: int, cols: int, token_counts: list[int], peer: TorchMatmulTimes,
     selection_table: str = "",
 ) -> list[Measurement]:  # fmt: skip
     rng = np.random.default_rng(0)
@@ -315,7 +240,7 @@ def measure_layer(
         )
         named = re.search(rf"^{rows} {cols} {tokens} (\S+) ", selection_table, re.MULTILINE)
         choice = named[1] if named else first.describe_choice(tokens).splitlines()[1].split()[0]
-        torch_us = peer.microseconds(kind, rows, cols, tokens)
+        torch_us = peer.microseconds(kind.activations, rows, cols, tokens)
         measurements.append(
             Measurement(
                 model,
@@ -330,7 +255,7 @@ def measure_layer(
                 num_bytes,
                 floor,
                 choice,
-                peer.name(kind),
+                peer.name(kind.activations),
             )
         )
         print(measurements[-1].line(), flush=True)
@@ -384,7 +309,7 @@ def main() -> int:
         raise SystemExit(f"--kinds: got {', '.join(unknown)}, wanted some of {', '.join(KINDS)}")
     gpu = _native.open_gpu(arguments.world)
     print(f"{gpu.name}, {gpu.num_sms} SMs, {gpu.memory_gb_per_second:.0f} GB/s by data sheet", flush=True)
-    peer = TorchTimes(gpu, gpu.l2_bytes)
+    peer = TorchMatmulTimes(gpu, gpu.l2_bytes)
     tokens = [int(count) for count in arguments.tokens.split(",")]
     measurements = []
     deadline_s = time.monotonic() + arguments.seconds
