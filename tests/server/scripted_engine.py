@@ -122,8 +122,9 @@ class ScriptedEngine:
             return None
         token_id = running.script[running.num_tokens % len(running.script)]
         eos_ids = self._tokenizer.eos_token_ids
-        while token_id in eos_ids and (sampling.ignore_eos or running.num_tokens < sampling.min_tokens):
-            token_id = running.script[0]
+        if token_id in eos_ids and (sampling.ignore_eos or running.num_tokens < sampling.min_tokens):
+            # A script may hold nothing else: a parrot's prompt of random tokens can begin with it.
+            token_id = next(id for id in (*running.script, max(eos_ids) + 1) if id not in eos_ids)
         running.num_tokens += 1
         stops = token_id in sampling.stop_token_ids or (token_id in eos_ids and not sampling.ignore_eos)
         reason = "stop" if stops else "length" if running.num_tokens >= sampling.max_tokens else None

@@ -169,6 +169,12 @@ def test_chat_logprobs(server):
     assert [entry for part in streamed for entry in part["content"]] == content
 
 
+def test_a_prompt_that_begins_with_eos_can_be_answered_past_it(server):
+    """The scripted engine once looked for another token for ever; a bench's random prompts begin so now and then."""
+    answer = server.complete(prompt=[EOS, EOS], ignore_eos=True, max_tokens=4).json()
+    assert (answer["choices"][0]["finish_reason"], answer["usage"]["completion_tokens"]) == ("length", 4)
+
+
 def test_length_ends_and_ignore_eos_goes_on(server):
     short = server.complete(prompt="hello world", max_tokens=1).json()["choices"][0]
     assert short["finish_reason"] == "length"
