@@ -87,22 +87,6 @@ BoundLinear pack(std::shared_ptr<Gpu> gpu, const py::list& weights, const std::s
   return {gpu, pack_linear_gpu(gpu, std::move(segments), options)};
 }
 
-DType activation_dtype(GpuActivations activations) {
-  switch (activations) {
-    case GpuActivations::kF32:
-      return DType::kF32;
-    case GpuActivations::kF16:
-      return DType::kF16;
-    case GpuActivations::kBF16:
-      return DType::kBF16;
-    case GpuActivations::kInt8:
-      return DType::kI8;
-    case GpuActivations::kE4M3:
-      return DType::kE4M3;
-  }
-  return DType::kF32;
-}
-
 GateActivation parse_gate(const std::optional<std::string>& gate) {
   if (!gate) return GateActivation::kNone;
   if (*gate == "silu") return GateActivation::kSilu;
@@ -122,7 +106,7 @@ void run(const BoundLinear& bound, const py::object& x_object, const py::object&
   const GpuArrayArgument x(*bound.gpu, x_object, "x"), out(*bound.gpu, out_object, "out"),
       workspace(*bound.gpu, workspace_object, "workspace");
   // Rows may be longer than the linear needs: what lies behind is left alone.
-  x->expect(activation_dtype(linear.activations), {-1, -1});
+  x->expect(gpu_activation_dtype(linear.activations), {-1, -1});
   PARTITA_CHECK(x->shape[1] >= linear.in_features, "x: got rows of ", x->shape[1],
                 ", wanted in_features = ", linear.in_features);
   params.x = x->data;

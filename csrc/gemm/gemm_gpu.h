@@ -22,6 +22,21 @@ namespace partita {
 enum class GpuActivations : uint8_t { kF32, kF16, kBF16, kInt8, kE4M3 };
 const char* gpu_activations_name(GpuActivations activations);  // "f32", "f16", "bf16", "int8", "e4m3"
 GpuActivations parse_gpu_activations(const std::string& name);
+constexpr DType gpu_activation_dtype(GpuActivations activations) {
+  switch (activations) {
+    case GpuActivations::kF32:
+      return DType::kF32;
+    case GpuActivations::kF16:
+      return DType::kF16;
+    case GpuActivations::kBF16:
+      return DType::kBF16;
+    case GpuActivations::kInt8:
+      return DType::kI8;
+    case GpuActivations::kE4M3:
+      return DType::kE4M3;
+  }
+  return DType::kF32;
+}
 constexpr int gpu_activation_bytes(GpuActivations activations) {
   return activations == GpuActivations::kF32 ? 4 : activations >= GpuActivations::kInt8 ? 1 : 2;
 }

@@ -6,26 +6,6 @@
 #include "norm/norm_gpu.h"
 
 namespace partita {
-namespace {
-
-DType dtype_of(GpuActivations activations) {
-  switch (activations) {
-    case GpuActivations::kF16:
-      return DType::kF16;
-    case GpuActivations::kBF16:
-      return DType::kBF16;
-    case GpuActivations::kInt8:
-      return DType::kI8;
-    case GpuActivations::kE4M3:
-      return DType::kE4M3;
-    case GpuActivations::kF32:
-      break;
-  }
-  return DType::kF32;
-}
-
-}  // namespace
-
 GpuBuffer upload_floats(const std::shared_ptr<Gpu>& gpu, const std::vector<float>& values, const char* label) {
   if (values.empty()) return {};
   GpuBuffer buffer(gpu, values.size() * sizeof(float), label);
@@ -40,7 +20,7 @@ GpuLinearOp::GpuLinearOp(const Program& program, GpuLinearNode node) : node_(std
   output_ = program.buffers()[node_.output];
   const bool is_gated = node_.gate != GateActivation::kNone;
   const int64_t output_width = is_gated ? weights.out_features / 2 : weights.out_features;
-  const DType wanted = dtype_of(weights.activations);
+  const DType wanted = gpu_activation_dtype(weights.activations);
   PARTITA_CHECK(input_.width >= weights.in_features, "linear: input rows hold ", input_.width,
                 " elements, the weight wants ", weights.in_features);
   PARTITA_CHECK(output_.width >= output_width, "linear: output rows hold ", output_.width,
