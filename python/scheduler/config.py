@@ -22,6 +22,13 @@ class SchedulerConfig:
     watermark: float = 0.01  # share of the pages that an admission must leave available while others run
     lane_shares: tuple[float, ...] = (1.0,)  # of the chip, one entry per lane
     policy: str = "default"
+    lanes: str = ""  # "off", "auto" or "P:D" in percent of the chip for prefill and decode; "": as the policy has it
+    rungs: tuple[float, ...] = ()  # shares at which the chip can be cut for the prefill lane, ascending, below 1
+    prefill: str = ""  # "token", "layer" or "operator": how prompts are cut; "": as the policy has it
+    nano_batches: str = ""  # "off", "auto" or "2" to "4"; "": as the policy has it
+    num_nodes: int = 0  # of the program; 0: unknown, prompts can only be cut by tokens
+    layer_starts: tuple[int, ...] = ()  # the first node of every layer
+    max_resting_runs: int = 3  # prefills that may rest between two of their parts at the same time
 
     def __post_init__(self) -> None:
         for name in ("num_pages", "page_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):

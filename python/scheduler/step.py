@@ -13,8 +13,14 @@ What a runner does with a LanePlan, in this order:
                    it to the row, so that the next plan, which may already be queued, finds it
     6 result       LaneFinished(LaneResult) with one (request_id, token id) for every request that samples
 
-Plans of one lane run in the order of their plan_id; results come back in that order. Lanes are independent. A
-request is in flight on one lane at a time. The scheduler may have dropped a request (abort, stop id) whose plan is
+Plans of one lane run in the order of their plan_id; results come back in that order. Lanes are independent. A lane is a
+role, a share says how much of the chip its plan gets: successive plans of a lane may have different shares (the border moved),
+and still run one after the other. A request is in flight on one lane at a time.
+
+A *run* is one pass of some requests' tokens through the program. Most plans are a whole run. A plan with a node range is a
+part of one: the first part brings admissions, pages and copies, those that follow name it in `continues`, repeat its requests
+without new pages, and start where it rests. Between two parts the runner keeps the run's frame; a part is planned when the result of the one before is here. Only the part that ends the program yields tokens. A plan in flight can be
+paused (PausePlan): its result then carries the node where it rests. The scheduler may have dropped a request (abort, stop id) whose plan is
 still queued: the runner runs it all the same; what it yields is ignored. Entries of a windowed KV group's page
 table that lie wholly before the window may have been given to others: an attention kernel never reads them.
 
@@ -29,6 +35,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from scheduler.nanobatch import NanoPlan
     from scheduler.request import Request
 
 
@@ -83,10 +90,17 @@ class LanePlan:
     admissions: tuple[Admission, ...] = ()
     resets: tuple[PageTableReset, ...] = ()
     copies: tuple[PageCopy, ...] = ()
+    continues: int = 0  # the plan that began this run and whose frame rests; 0: this one begins a run
+    nano: NanoPlan | None = None  # how the step is cut into nano-batches; None: it is not
 
     @property
     def num_tokens(self) -> int:
         return sum(scheduled.num_tokens for scheduled in self.requests)
+
+    @property
+    def run_id(self) -> int:
+        """The plan that began the run this one belongs to."""
+        return self.continues or self.plan_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +111,28 @@ class LaneResult:
     lane: int
     sampled: tuple[tuple[str, int], ...] = ()  # (request_id, token id); -1: the logits were not finite
     failed: tuple[tuple[str, str], ...] = ()  # (request_id, why)
+    cursor: int | None = None  # the node before which a paused plan rests; None: it ran to the end of its range
+
+
+# Orders for plans in flight, from take_orders().
+
+
+@dataclass(frozen=True, slots=True)
+class PausePlan:
+    """Stop before the next node. The plan's result says where it rests, or that it had ended."""
+
+    plan_id: int
+    lane: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropRun:
+    """A resting run will not go on: its frame is free."""
+
+    run_id: int
+
+
+Order = PausePlan | DropRun
 
 
 # Events that drive Scheduler.on_event(event, now) -> list[LanePlan].
