@@ -61,24 +61,101 @@ class Composer:
         self._outlook = outlook
         self._has_lanes = config.num_lanes > 1
 
-    def compose(self, lane: int, num_free_rows: int, is_idle: bool) -> Composition:
-        """is_idle: no plan is in flight on any lane."""
+    def compose(self, lane: int, num_free_rows: int, is_idle: bool, token_budget: int = 0) -> Composition:
+        """Decodes and prompts. is_idle: no plan is in flight on any lane, no run rests. token_budget: 0 for the policy's."""
         # A step has room for the limit at most, whatever a policy says, and for one token at least.
-        budget = min(max(self._policy.token_budget(self._outlook, lane), 1), self._config.max_num_batched_tokens)
-        composition = Composition(lane, budget)
+        budget = token_budget or self._policy.token_budget(self._outlook, lane)
+        composition = Composition(lane, min(max(budget, 1), self._config.max_num_batched_tokens))
         if not self._policy.mixes:
             self._compose_prompts_first(composition, num_free_rows, is_idle)
             return composition
-        self._compose_running(composition, is_idle)
+        prefills = self._compose_decodes(composition, is_idle)
+        self._compose_chunks(prefills, composition, is_idle)
         # Who runs comes before who waits: nobody is admitted while a running request lacks a page.
         if not (composition.has_stalled or composition.has_preempted):
             self._compose_waiting(composition, num_free_rows, is_idle)
         return composition
 
-    def _compose_running(self, composition: Composition, is_idle: bool) -> None:
+    def compose_decodes(self, lane: int, is_idle: bool) -> Composition:
+        """Requests with one pending token, and no prompt."""
+        composition = Composition(lane, self._config.max_num_batched_tokens)
+        self._compose_decodes(composition, is_idle)
+        return composition
+
+    def compose_prompts(self, lane: int, num_free_rows: int, is_idle: bool, token_budget: int = 0) -> Composition:
+        """Prompt chunks, and no decode. token_budget: 0 for as many as a step holds."""
+        most = self._config.max_num_batched_tokens
+        composition = Composition(lane, min(token_budget or most, most))
+        self._compose_chunks(self._pending_prefills(lane), composition, is_idle)
+        if not (composition.has_stalled or composition.has_preempted):
+            self._compose_waiting(composition, num_free_rows, is_idle)
+        return composition
+
+    def compose_run(self, lane: int, num_free_rows: int, is_idle: bool) -> Composition:
+        """Prompts that go through the program together, in parts: the first in rank order leads, cut only to what a frame
+        holds; others join it in order, as far as the policy's budget for its run has room for all that is pending of them.
+        """
+        composition = Composition(lane, self._config.max_num_batched_tokens)
+        prefills = self._pending_prefills(lane)
+        lead = self._run_lead(prefills)
+        if lead is None:
+            return composition
+        budget = min(max(self._policy.run_budget(self._outlook, lead), 1), self._config.max_num_batched_tokens)
+        next_prefill = 0
+        while True:
+            waiting = self._waiting.peek() if len(composition.admissions) < num_free_rows else None
+            prefill = prefills[next_prefill] if next_prefill < len(prefills) else None
+            takes_waiting = prefill is None or (waiting is not None and waiting.rank < prefill.rank)
+            request = waiting if takes_waiting else prefill
+            if request is None or composition.has_stalled or composition.has_preempted:
+                return composition
+            if composition.shares:  # the lead has its tokens: what is left of the budget is for whole prompts
+                num_left = budget - sum(num_tokens for _, num_tokens in composition.shares)
+                if request.num_expected_tokens - request.next_start > num_left:
+                    return composition
+            if takes_waiting:
+                if not self._admit(request, composition, is_idle):
+                    return composition
+                self._waiting.pop()
+            else:
+                next_prefill += 1
+                if request.status is RUNNING:
+                    self._compose_chunk(request, composition, is_idle)
+
+    def run_lead(self, lane: int) -> Request | None:
+        """Who would lead the lane's next run."""
+        return self._run_lead(self._pending_prefills(lane))
+
+    def has_pages_for(self, request: Request) -> bool:
+        """Whether what is pending of a waiting request would find its pages, as far as no cache helps."""
+        num_tokens = min(request.num_known_tokens, self._config.max_num_batched_tokens)
+        num_needed = self._pages.pages_to_reach(num_tokens) * self._pages.num_kv_groups
+        return self._policy.admits(num_needed, self._pages.num_available_pages, False, self._config)
+
+    def _run_lead(self, prefills: list[Request]) -> Request | None:
+        waiting = self._waiting.peek()
+        if not prefills or (waiting is not None and waiting.rank < prefills[0].rank):
+            return waiting
+        return prefills[0]
+
+    def _pending_prefills(self, lane: int) -> list[Request]:
+        """Running requests whose prompts this lane may go on with, in rank order."""
+        return [
+            request
+            for request in self._running
+            if request.run is None
+            and request.num_expected_tokens < request.max_num_tokens
+            and request.num_expected_tokens - request.next_start > 1
+            and not (self._has_lanes and request.num_plans_in_flight and request.lane != lane)
+        ]
+
+    def _compose_decodes(self, composition: Composition, is_idle: bool) -> list[Request]:
+        """Adds every request with one pending token; returns those with more."""
         lane, shares, has_lanes = composition.lane, composition.shares, self._has_lanes
         prefills: list[Request] = []
         for request in self._running.snapshot():
+            if request.run is not None:
+                continue
             num_expected = request.num_expected_tokens
             if num_expected >= request.max_num_tokens:
                 continue  # its last token is in flight
@@ -94,7 +171,9 @@ class Composer:
                 continue
             shares.append((request, 1))
             composition.budget -= 1
+        return prefills
 
+    def _compose_chunks(self, prefills: list[Request], composition: Composition, is_idle: bool) -> None:
         for request in prefills:
             if composition.budget == 0:
                 break
@@ -110,7 +189,7 @@ class Composer:
         lane, decodes, prefills, num_kept = composition.lane, [], [], 0
         for request in self._running.snapshot():
             num_expected = request.num_expected_tokens
-            if num_expected >= request.max_num_tokens:
+            if num_expected >= request.max_num_tokens or request.run is not None:
                 continue
             if self._has_lanes and request.num_plans_in_flight and request.lane != lane:
                 continue

@@ -5,6 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def parse_lanes(text: str) -> tuple[float, float] | None:
+    """``"30:70"`` -> (0.3, 0.7), shares of prefill and decode; None for what is no such pair of 1 to 100 percent."""
+    prefill, colon, decode = text.partition(":")
+    if not (colon and prefill.isdecimal() and decode.isdecimal()):
+        return None
+    shares = int(prefill) / 100, int(decode) / 100
+    return shares if all(0.0 < share <= 1.0 for share in shares) else None
+
+
+def is_lanes(text: str) -> bool:
+    return text in ("", "off", "auto") or parse_lanes(text) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """Limits and sizes, fixed for life. Raises ValueError naming the field, what came, what was wanted."""
@@ -41,6 +54,16 @@ class SchedulerConfig:
         self._check("kv_group_windows", groups_ok, "one entry of 0 or more per KV group")
         lanes_ok = len(self.lane_shares) >= 1 and all(0.0 < share <= 1.0 for share in self.lane_shares)
         self._check("lane_shares", lanes_ok, "one share in (0, 1] per lane")
+        self._check("lanes", is_lanes(self.lanes), "off, auto or two percentages such as 50:50")
+        self._check("lanes", self.lanes in ("", "off") or len(self.lane_shares) == 1, "off where lane_shares has several")
+        self._check("prefill", self.prefill in ("", "token", "layer", "operator"), "token, layer or operator")
+        self._check("nano_batches", self.nano_batches in ("", "off", "auto", "2", "3", "4"), "off, auto or 2 to 4")
+        edges = (0.0, *self.rungs, 1.0)
+        rungs_ok = all(low < high for low, high in zip(edges, edges[1:], strict=False))
+        self._check("rungs", rungs_ok, "shares between 0 and 1, ascending")
+        starts_ok = all(0 <= node < self.num_nodes for node in self.layer_starts)
+        self._check("layer_starts", starts_ok, f"nodes below num_nodes ({self.num_nodes})")
+        self._check("max_resting_runs", self.max_resting_runs >= 1, "at least 1")
         self._check(
             "num_pages", self.num_pages >= self.num_kv_groups, f"at least one page per KV group ({self.num_kv_groups})"
         )
@@ -54,8 +77,13 @@ class SchedulerConfig:
         return len(self.kv_group_windows)
 
     @property
+    def has_roles(self) -> bool:
+        """Lane 0 is for decodes, lane 1 for prompts; else every lane takes both."""
+        return self.lanes not in ("", "off")
+
+    @property
     def num_lanes(self) -> int:
-        return len(self.lane_shares)
+        return 2 if self.has_roles else len(self.lane_shares)
 
     @property
     def watermark_pages(self) -> int:

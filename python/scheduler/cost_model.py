@@ -143,6 +143,17 @@ class CostModel:
             segments.append(make_tuple(Segment, fields))
         return StepCost(segments, self.machine.step_overhead_s, self.machine)
 
+    def last_node_within(self, shape: StepShape, first: int, limit_s: float, share: float = 1.0) -> int:
+        """The end of the longest range of nodes from `first` on that takes at most limit_s; at least one node."""
+        low, high = first + 1, len(self._nodes)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.step_cost(shape, share, (first, middle)).alone_s <= limit_s:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
     def saturating_tokens(self, most: int, share: float = 1.0) -> int:
         """The fewest tokens (16 times a power of two) of a prompt whose throughput is near the best that up to `most`
         tokens reach. As first asked for: corrections do not move it."""

@@ -8,10 +8,13 @@ functions it changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
+from scheduler.arrangement import Controller
 from scheduler.config import SchedulerConfig
+from scheduler.cost_model import CostModel
 from scheduler.outlook import Outlook
 from scheduler.request import Request
 from scheduler.splitfuse import splitfuse_token_budget
@@ -46,6 +49,35 @@ def lowest_then_latest(candidates: Sequence[Request]) -> Request | None:
     return candidates[-1] if candidates else None
 
 
+def whole_frame(outlook: Outlook, lead: Request) -> int:
+    """As many prompts go together as a frame has rows for."""
+    return outlook.config.max_num_batched_tokens
+
+
+class PrefillOrder(Protocol):
+    """An order in which time counts. It is asked at arrivals and before plans; it scans no queue."""
+
+    def rank(self, request: Request, sequence: int, now: float) -> tuple:
+        """The request's place as of now."""
+        ...
+
+    def due(self, now: float) -> Iterable[tuple[Request, tuple]]:
+        """Requests whose place has changed since the last call, with their new ranks."""
+        ...
+
+    def started(self, request: Request, now: float) -> None:
+        """Its prompt is being computed (or computed further)."""
+        ...
+
+    def paused(self, request: Request, executed_s: float, now: float) -> None:
+        """Its prompt rests after so many seconds of work in all."""
+        ...
+
+    def ended(self, request: Request) -> None:
+        """Its prompt is computed, or it has left."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """One function per decision."""
@@ -57,6 +89,14 @@ class Policy:
     admits: Callable[[int, int, bool, SchedulerConfig], bool] = leave_watermark  # (needed, available pages, is alone)
     victim: Callable[[Sequence[Request]], Request | None] = lowest_then_latest  # from running requests, by rank
     mixes: bool = True  # a step holds decodes and prompt chunks; else prompts go first and decodes wait for them
+    # Of prompts that go through the program in parts: the most tokens of one run, (outlook, who leads it) -> tokens
+    run_budget: Callable[[Outlook, Request], int] = whole_frame
+    order: Callable[[SchedulerConfig, CostModel | None], PrefillOrder] | None = None  # replaces `rank` where time counts
+    # What a flag that is not given means; what is given wins.
+    lanes: str = "off"
+    prefill: str = "token"
+    nano_batches: str = "off"
+    controller: Callable[[SchedulerConfig, CostModel | None], Controller] | None = None  # of lanes "auto"
 
 
 _presets: dict[str, Policy] = {}
@@ -75,6 +115,15 @@ def policy_named(name: str) -> Policy:
     if policy is None:
         raise ValueError(f"policy: got {name!r}, wanted one of {', '.join(sorted(_presets))}")
     return policy
+
+
+def with_preset(config: SchedulerConfig) -> SchedulerConfig:
+    """The configuration with the policy's own lanes, granularity and nano-batches where none were asked for."""
+    policy = policy_named(config.policy)
+    return replace(
+        config, lanes=config.lanes or policy.lanes, prefill=config.prefill or policy.prefill,
+        nano_batches=config.nano_batches or policy.nano_batches,
+    )  # fmt: skip
 
 
 register_policy(Policy("default"))

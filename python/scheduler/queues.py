@@ -18,6 +18,7 @@ class WaitingQueue:
     def __init__(self) -> None:
         self._heap: list[tuple[tuple, Request]] = []  # ranks are unique, so requests are never compared
         self._waiting: dict[str, Request] = {}
+        self.num_tokens = 0  # known tokens of all that wait: what there is to compute, as far as no cache helps
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -25,9 +26,10 @@ class WaitingQueue:
     def push(self, request: Request) -> None:
         heapq.heappush(self._heap, (request.rank, request))
         self._waiting[request.request_id] = request
+        self.num_tokens += request.num_known_tokens
 
     def peek(self) -> Request | None:
-        while self._heap and not self._is_waiting(self._heap[0][1]):
+        while self._heap and not self._is_waiting(self._heap[0]):
             heapq.heappop(self._heap)
         return self._heap[0][1] if self._heap else None
 
@@ -37,16 +39,40 @@ class WaitingQueue:
             raise IndexError("WaitingQueue.pop: the queue is empty")
         heapq.heappop(self._heap)
         del self._waiting[request.request_id]
+        self.num_tokens -= request.num_known_tokens
         return request
 
     def remove(self, request: Request) -> None:
         del self._waiting[request.request_id]
+        self.num_tokens -= request.num_known_tokens
         if len(self._heap) > 2 * len(self._waiting) + 64:
-            self._heap = [entry for entry in self._heap if self._is_waiting(entry[1])]
+            self._heap = [entry for entry in self._heap if self._is_waiting(entry)]
             heapq.heapify(self._heap)
 
-    def _is_waiting(self, request: Request) -> bool:
+    def rerank(self, request: Request, rank: tuple) -> None:
+        """A waiting request gets another place."""
+        request.rank = rank
+        heapq.heappush(self._heap, (rank, request))  # the entry with its old rank counts no more
+
+    def first(self, limit: int) -> list[Request]:
+        """The first `limit` in order, without taking them: O(limit log limit), not of the queue."""
+        heap, found = self._heap, []
+        places = [(heap[0][0], 0)] if heap else []
+        while places and len(found) < limit:
+            _, place = heapq.heappop(places)
+            if self._is_waiting(heap[place]):
+                found.append(heap[place][1])
+            for child in (2 * place + 1, 2 * place + 2):
+                if child < len(heap):
+                    heapq.heappush(places, (heap[child][0], child))
+        return found
+
+    def __contains__(self, request: Request) -> bool:
         return self._waiting.get(request.request_id) is request
+
+    def _is_waiting(self, entry: tuple[tuple, Request]) -> bool:
+        rank, request = entry
+        return request.rank is rank and self._waiting.get(request.request_id) is request
 
 
 class RunningList:
@@ -70,6 +96,12 @@ class RunningList:
 
     def remove(self, request: Request) -> None:
         del self._requests[self._position(request)]
+
+    def rerank(self, request: Request, rank: tuple) -> None:
+        """A running request gets another place."""
+        self.remove(request)
+        request.rank = rank
+        self.add(request)
 
     def ranked_below(self, request: Request) -> list[Request]:
         return self._requests[self._position(request) + 1 :]

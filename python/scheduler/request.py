@@ -23,6 +23,7 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from scheduler.prefill_run import PrefillRun
     from scheduler.prefix_cache import PrefixNode
 
 
@@ -59,7 +60,7 @@ class Request:
         # progress; written by scheduler.py
         "status", "output_token_ids", "num_computed_tokens", "next_start", "num_expected_tokens", "num_cached_tokens",
         "num_plans_in_flight", "num_preemptions", "first_scheduled_s", "first_token_s", "finish_reason", "rank", "row",
-        "lane", "admission_threshold",
+        "lane", "admission_threshold", "run",
         # pages; written by request_pages.py
         "pages", "page_capacity", "cache_node", "num_published_pages", "publish_at", "num_window_released",
     )  # fmt: skip
@@ -124,6 +125,7 @@ class Request:
         self.rank: tuple = ()  # the policy's order, smaller first; set at arrival
         self.row: int | None = None
         self.lane = 0  # of its plans in flight; without any it may go to another
+        self.run: PrefillRun | None = None  # that holds it: nothing of it may be scheduled before the run's end
         self.admission_threshold = 0  # pages that must be available before admission is worth trying again
 
         self.pages: list[list[int]] = []  # per KV group: the row's page table

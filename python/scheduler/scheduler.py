@@ -26,8 +26,10 @@ from scheduler.composer import Composer, Composition
 from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel
 from scheduler.goodput import GoodputCounter, GoodputStats, outcome_of
+from scheduler.lane_planner import LanePlanner, NextWork, controller_for
 from scheduler.outlook import Outlook
-from scheduler.policy import policy_named
+from scheduler.policy import policy_named, with_preset
+from scheduler.prefill_run import PrefillRun, RunTable
 from scheduler.prefix_cache import PrefixNode
 from scheduler.queues import RunningList, WaitingQueue
 from scheduler.request import Request, RequestStatus
@@ -37,16 +39,20 @@ from scheduler.step import (
     Admission,
     Arrival,
     CopyDone,
+    DropRun,
     Event,
     LaneFinished,
     LanePlan,
     LaneResult,
+    Order,
     PageCopy,
     PageTableReset,
+    PausePlan,
     ScheduledRequest,
     Timer,
     TokenOutput,
 )
+from scheduler.step_shape import shape_of
 
 RUNNING, PREEMPTED, FINISHED = RequestStatus.RUNNING, RequestStatus.PREEMPTED, RequestStatus.FINISHED
 MISSING = -2  # no token where one was due; -1 is the contract's "the logits were not finite"
@@ -68,6 +74,9 @@ class SchedulerStats(NamedTuple):
     num_prefix_query_tokens: int  # prompt tokens of admitted requests
     num_prefix_hit_tokens: int  # of those, found in the prefix cache
     goodput: GoodputStats = GoodputStats()  # service levels kept and missed
+    num_pauses: int = 0  # prefills that stopped for one that ranks before them
+    num_moves: int = 0  # of the border between prefill and decode
+    arrangements: dict[str, int] = {}  # what the controller decided -> times; empty where nobody decides
 
 
 class Flight(NamedTuple):
@@ -76,11 +85,13 @@ class Flight(NamedTuple):
     plan: LanePlan
     requests: list[Request]  # plan.requests, as objects
     copy_sources: list[PrefixNode]  # held until the plan has copied them
+    run: PrefillRun | None = None  # of which the plan is a part
 
 
 class Scheduler:
     def __init__(self, config: SchedulerConfig, cost_model: CostModel | None = None) -> None:
         """cost_model: of this machine, for policies that predict; None: they go by their fixed limits."""
+        config = with_preset(config)
         self.config = config
         self.cost_model = cost_model
         self._policy = policy_named(config.policy)
@@ -90,11 +101,22 @@ class Scheduler:
         self._running = RunningList()
         self._draining: set[Request] = set()
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
-        self._lanes: list[deque[Flight]] = [deque() for _ in config.lane_shares]
+        self._lanes: list[deque[Flight]] = [deque() for _ in range(config.num_lanes)]
+        self._runs = RunTable()
+        self._outlook = Outlook(config, cost_model, self._running, self._waiting, self._runs, self._pages)
         self._composer = Composer(
             config, self._policy, self._running, self._waiting, self._pages, self._preempt, lambda: bool(self._draining),
-            Outlook(config, cost_model, self._running, self._waiting),
+            self._outlook,
         )  # fmt: skip
+        self._controller = controller_for(config, self._policy, cost_model)
+        self._planner: LanePlanner | None = None  # None: plans are the composer's, whole and of one lane's kind
+        if self._controller is not None:
+            self._planner = LanePlanner(
+                config, self._policy, self._controller, self._composer, self._outlook, self._runs
+            )
+        self._order = self._policy.order(config, cost_model) if self._policy.order is not None else None
+        self._orders: list[Order] = []
+        self._num_pauses = 0
         self._outputs: list[TokenOutput] = []
         self._num_plans = 0
         self._num_arrivals = 0
@@ -126,6 +148,11 @@ class Scheduler:
         outputs, self._outputs = self._outputs, []
         return outputs
 
+    def take_orders(self) -> list[Order]:
+        """What to do with plans in flight and runs at rest, since the last call, after the plans were launched."""
+        orders, self._orders = self._orders, []
+        return orders
+
     @property
     def num_unfinished(self) -> int:
         return len(self._requests)
@@ -137,7 +164,7 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Nothing to do and nothing in flight: every page is free or cached."""
-        return not self._requests and not any(self._lanes)
+        return not self._requests and not any(self._lanes) and not self._runs
 
     @property
     def kv_usage(self) -> float:
@@ -159,6 +186,9 @@ class Scheduler:
             num_prefix_query_tokens=self._num_prefix_query_tokens,
             num_prefix_hit_tokens=self._num_prefix_hit_tokens,
             goodput=self._goodput.stats(),
+            num_pauses=self._num_pauses,
+            num_moves=self._planner.num_moves if self._planner is not None else 0,
+            arrangements=dict(self._planner.counts) if self._planner is not None else {},
         )
 
     def reset_prefix_cache(self) -> None:
@@ -180,8 +210,13 @@ class Scheduler:
         in_flight: dict[Request, int] = dict.fromkeys(holders, 0)
         for flights in self._lanes:
             for flight in flights:
-                for request in flight.requests:
+                for request in flight.requests if flight.run is None else ():
                     in_flight[request] = in_flight.get(request, 0) + 1
+        for run in self._runs:
+            for request in run.requests:
+                in_flight[request] = in_flight.get(request, 0) + 1
+                if request.run is not run:
+                    raise AssertionError(f"{request!r}: {run!r} holds it, it knows of {request.run!r}")
         for request, count in in_flight.items():
             if request.num_plans_in_flight != count:
                 raise AssertionError(f"{request!r}: {count} plans in flight name it")
@@ -192,7 +227,7 @@ class Scheduler:
         if isinstance(event, LaneFinished):
             self._land(event.result, now)
         elif isinstance(event, Arrival):
-            self._arrive(event.request)
+            self._arrive(event.request, now)
         elif isinstance(event, AbortRequest):
             request = self._requests.get(event.request_id)
             if request is not None:  # else it ended while the abort was on its way
@@ -200,7 +235,7 @@ class Scheduler:
         elif not isinstance(event, (CopyDone, Timer)):  # those change nothing by themselves: they wake the planner
             raise TypeError(f"Scheduler: got event {type(event).__name__}, wanted one of scheduler.step.Event")
 
-    def _arrive(self, request: Request) -> None:
+    def _arrive(self, request: Request, now: float) -> None:
         if request.request_id in self._requests:
             raise ValueError(f"Arrival: request id {request.request_id!r} is in use by an unfinished request")
         why = self._refusal(request)
@@ -210,7 +245,10 @@ class Scheduler:
             self._outputs.append(TokenOutput(request.request_id, (), "error", None, 0, why))
             return
         self._num_arrivals += 1
-        request.rank = self._policy.rank(request, self._num_arrivals)
+        if self._order is not None:
+            request.rank = self._order.rank(request, self._num_arrivals, now)
+        else:
+            request.rank = self._policy.rank(request, self._num_arrivals)
         self._requests[request.request_id] = request
         self._waiting.push(request)
 
@@ -238,6 +276,8 @@ class Scheduler:
         flight = flights.popleft()
         for node in flight.copy_sources:
             self._pages.release_source(node)
+        if flight.run is not None and not self._land_part(flight.run, flight.plan, result, now):
+            return  # the run goes on: nothing is computed yet
 
         token_of = dict(result.sampled)
         why_failed = dict(result.failed)
@@ -277,6 +317,8 @@ class Scheduler:
                 first_s = None
                 if num_outputs == 1:
                     first_s, request.first_token_s = request.first_scheduled_s, now
+                    if self._controller is not None:
+                        self._controller.hear_first_token(request, now)
                 num_cached = request.num_cached_tokens
                 output = (request_id, (token_id,), finish_reason, stop_token_id, num_cached, None, first_s)
                 outputs.append(make_tuple(TokenOutput, output))
@@ -284,6 +326,60 @@ class Scheduler:
                     self._retire(request, finish_reason, now)
             if request.status is PREEMPTED and request.num_plans_in_flight == 0:
                 self._drained(request)
+
+    def _land_part(self, run: PrefillRun, plan: LanePlan, result: LaneResult, now: float) -> bool:
+        """A part is back. True: with it the run has ended, or failed, and its result is the requests'."""
+        run.plan, run.is_pausing = None, False
+        num_nodes = self.config.num_nodes
+        ended_at = result.cursor if result.cursor is not None else (plan.node_range or (0, num_nodes))[1]
+        if ended_at < num_nodes and not result.failed:
+            run.cursor = ended_at
+            self._num_pauses += result.cursor is not None
+            if self._order is not None:
+                run.executed_s += now - run.part_started_s
+                self._order.paused(run.lead, run.executed_s, now)
+            if run.is_doomed or all(request.status is not RUNNING for request in run.requests):
+                self._drop_run(run)
+            return False
+        self._runs.remove(run)
+        for node in run.copy_sources:
+            self._pages.release_source(node)
+        for request in run.requests:
+            request.run = None
+            if self._order is not None:
+                self._order.ended(request)
+        return True
+
+    def _drop_run(self, run: PrefillRun) -> None:
+        """A run at rest will not go on: what it computed is forgotten, and who is alive is scheduled anew."""
+        self._runs.remove(run)
+        self._orders.append(DropRun(run.run_id))
+        for node in run.copy_sources:
+            self._pages.release_source(node)
+        for request, (_, _, start, _, _, samples) in zip(run.requests, run.scheduled, strict=True):
+            request.run = None
+            request.num_plans_in_flight -= 1
+            if request.status is RUNNING:
+                request.next_start = start
+                request.num_expected_tokens -= samples
+                if run.copy_sources:  # whether its copied part of a page was filled is not known
+                    self._preempt(request)
+            elif request.num_plans_in_flight == 0:
+                self._drained(request)
+
+    def _leave_run(self, request: Request) -> None:
+        """A request of a run was preempted: its pages are needed now, so the run ends as soon as it rests."""
+        run = request.run
+        if run.is_resting:
+            self._drop_run(run)
+        else:
+            run.is_doomed = True
+            self._pause(run)
+
+    def _pause(self, run: PrefillRun) -> None:
+        if not run.is_pausing:
+            run.is_pausing = True
+            self._orders.append(PausePlan(run.plan.plan_id, run.plan.lane))
 
     # Lives and ends
 
@@ -303,12 +399,19 @@ class Scheduler:
         del self._requests[request.request_id]
         if reason in ("stop", "length", "error"):  # an abort says nothing of how well it was served
             self._count_goodput(request, reason, now)
+            if self._controller is not None:
+                self._controller.hear_finished(request, now)
+        if self._order is not None:
+            self._order.ended(request)
         if was_running:
             self._running.remove(request)
         if is_holding:
             self._drain(request)
         else:
             self._waiting.remove(request)
+        run = request.run
+        if run is not None and run.is_resting and all(other.status is not RUNNING for other in run.requests):
+            self._drop_run(run)
 
     def _preempt(self, request: Request) -> None:
         """Preemption by recompute: known tokens are computed again, as far as the prefix cache forgot them."""
@@ -317,6 +420,8 @@ class Scheduler:
         self._num_preemptions += 1
         self._running.remove(request)
         self._drain(request)
+        if request.run is not None:
+            self._leave_run(request)
 
     def _count_goodput(self, request: Request, reason: str, now: float) -> None:
         arrival_s, first_token_s = request.arrival_s, request.first_token_s
@@ -347,6 +452,11 @@ class Scheduler:
     # Plans
 
     def _plan_lanes(self, now: float) -> list[LanePlan]:
+        self._outlook.now = now
+        if self._order is not None:
+            self._rerank(now)
+        if self._planner is not None:
+            return self._plan_roles(now)
         plans: list[LanePlan] = []
         for lane, flights in enumerate(self._lanes):
             while len(flights) < self.config.max_plans_in_flight and (self._running or self._waiting):
@@ -357,7 +467,57 @@ class Scheduler:
                     break  # else a preemption made room for those who wait
         return plans
 
-    def _commit(self, composition: Composition, now: float) -> LanePlan:
+    def _rerank(self, now: float) -> None:
+        """Who has lost its chance to be in time makes way for who has not."""
+        for request, rank in self._order.due(now):
+            if request in self._waiting:
+                self._waiting.rerank(request, rank)
+            elif request.status is RUNNING:
+                self._running.rerank(request, rank)
+
+    def _plan_roles(self, now: float) -> list[LanePlan]:
+        """As the controller arranges it."""
+        plans: list[LanePlan] = []
+        planner, has_arranged = self._planner, False
+        for lane, flights in enumerate(self._lanes):
+            while len(flights) < self.config.max_plans_in_flight and (self._running or self._waiting or self._runs):
+                if not has_arranged:
+                    planner.arrange()
+                    has_arranged = True
+                is_idle = self.num_plans_in_flight == 0 and not self._runs
+                work = planner.next_work(lane, len(flights), len(self._free_rows), is_idle)
+                if work is None:
+                    break
+                if work.run is not None:
+                    plans.append(self._commit_part(lane, work, now))
+                elif work.composition.shares:
+                    plans.append(self._commit(work.composition, now, work))
+                elif not work.composition.has_preempted:
+                    break
+        run = planner.run_to_pause()
+        if run is not None:
+            self._pause(run)
+        return plans
+
+    def _commit_part(self, lane: int, work: NextWork, now: float) -> LanePlan:
+        """The next part of a run: its requests, pages and copies are the run's."""
+        run = work.run
+        self._num_plans += 1
+        plan = run.plan = LanePlan(
+            self._num_plans, lane, work.share, "step", (run.cursor, work.last), run.scheduled, continues=run.run_id
+        )
+        self._begin_part(run, now)
+        self._lanes[lane].append(Flight(plan, run.requests, [], run))
+        return plan
+
+    def _begin_part(self, run: PrefillRun, now: float) -> None:
+        run.part_started_s = now
+        for request in run.requests:
+            request.lane = run.plan.lane
+        if self._order is not None:
+            self._order.started(run.lead, now)
+
+    def _commit(self, composition: Composition, now: float, work: NextWork | None = None) -> LanePlan:
         """The only place where a plan changes requests, pages and rows."""
         lane, pages = composition.lane, self._pages
         for request, match in composition.admissions:
@@ -382,19 +542,39 @@ class Scheduler:
             requests.append(request)
 
         self._num_plans += 1
+        is_part = work is not None and work.begins_run
         plan = LanePlan(
             plan_id=self._num_plans,
             lane=lane,
-            share=self.config.lane_shares[lane],
+            share=self.config.lane_shares[lane] if work is None else work.share,
             program="step",
-            node_range=None,
+            node_range=(0, work.last) if is_part and work.last < self.config.num_nodes else None,
             requests=tuple(scheduled),
             admissions=tuple(admissions),
             resets=tuple(resets),
             copies=tuple(copies),
         )
-        self._lanes[lane].append(Flight(plan, requests, copy_sources))
+        if is_part:
+            self._lanes[lane].append(Flight(plan, requests, [], self._begin_run(plan, requests, copy_sources, now)))
+        else:
+            self._lanes[lane].append(Flight(plan, requests, copy_sources))
         return plan
+
+    def _begin_run(
+        self, plan: LanePlan, requests: list[Request], copy_sources: list[PrefixNode], now: float
+    ) -> PrefillRun:
+        no_pages = self._pages.no_pages
+        scheduled = tuple(share._replace(new_pages=no_pages) for share in plan.requests)
+        window = self.cost_model.window if self.cost_model is not None else 0
+        shape = shape_of(scheduled, window)
+        bounds = self._planner.bounds_of(shape.num_tokens)
+        run = PrefillRun(plan.plan_id, requests, scheduled, shape, copy_sources, now, bounds)
+        run.plan = plan
+        for request in requests:
+            request.run = run
+        self._runs.add(run)
+        self._begin_part(run, now)
+        return run
 
     def _commit_admissions(
         self, composition: Composition, now: float

@@ -30,7 +30,8 @@ def splitfuse_token_budget(outlook: Outlook, lane: int) -> int:
     decodes = outlook.decodes(lane)
     if decodes.tightest_tpot_s is None:
         return most
-    share, shape, start = config.lane_shares[lane], decodes.shape, prefill.next_start
+    share = 1.0 if config.has_roles else config.lane_shares[lane]  # with roles, only a step of all the chip is mixed
+    shape, start = decodes.shape, prefill.next_start
     # A prompt goes on from where it stands; one that waits, from its beginning (a cached prefix makes it cheaper).
     least_chunk = max(TILE_TOKENS, model.saturating_tokens(most, share) // 2)
     num_tiles = _most_tiles(
