@@ -23,7 +23,7 @@ class Arrangement:
     decode_share: float = 1.0  # of the chip, for the decode lane; the two may add up to more than 1
     granularity: str = "token"  # how prompts are cut
     token_budget: int = 0  # of a step, 0: the policy's
-    segment_s: float = 0.0  # one lane, layer or operator: a part of a prefill takes at most so long; 0: the granularity's rule
+    segment_s: float = 0.0  # one lane, operator: a part of a prefill takes at most so long; 0: what TPOT targets leave
     num_nano_batches: int = 1  # of a mixed step
     reason: str = ""  # for people
 

@@ -101,9 +101,9 @@ class Composer:
         if lead is None:
             return composition
         budget = min(max(self._policy.run_budget(self._outlook, lead), 1), self._config.max_num_batched_tokens)
-        next_prefill = 0
+        next_prefill, can_admit = 0, True
         while True:
-            waiting = self._waiting.peek() if len(composition.admissions) < num_free_rows else None
+            waiting = self._waiting.peek() if can_admit and len(composition.admissions) < num_free_rows else None
             prefill = prefills[next_prefill] if next_prefill < len(prefills) else None
             takes_waiting = prefill is None or (waiting is not None and waiting.rank < prefill.rank)
             request = waiting if takes_waiting else prefill
@@ -114,9 +114,10 @@ class Composer:
                 if request.num_expected_tokens - request.next_start > num_left:
                     return composition
             if takes_waiting:
-                if not self._admit(request, composition, is_idle):
-                    return composition
-                self._waiting.pop()
+                if self._admit(request, composition, is_idle):
+                    self._waiting.pop()
+                else:
+                    can_admit = False  # it is not overtaken by others that wait; who runs goes on
             else:
                 next_prefill += 1
                 if request.status is RUNNING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 def parse_lanes(text: str) -> tuple[float, float] | None:
@@ -55,11 +56,13 @@ class SchedulerConfig:
         lanes_ok = len(self.lane_shares) >= 1 and all(0.0 < share <= 1.0 for share in self.lane_shares)
         self._check("lane_shares", lanes_ok, "one share in (0, 1] per lane")
         self._check("lanes", is_lanes(self.lanes), "off, auto or two percentages such as 50:50")
-        self._check("lanes", self.lanes in ("", "off") or len(self.lane_shares) == 1, "off where lane_shares has several")
+        self._check(
+            "lanes", self.lanes in ("", "off") or len(self.lane_shares) == 1, "off where lane_shares has several"
+        )
         self._check("prefill", self.prefill in ("", "token", "layer", "operator"), "token, layer or operator")
         self._check("nano_batches", self.nano_batches in ("", "off", "auto", "2", "3", "4"), "off, auto or 2 to 4")
         edges = (0.0, *self.rungs, 1.0)
-        rungs_ok = all(low < high for low, high in zip(edges, edges[1:], strict=False))
+        rungs_ok = all(low < high for low, high in pairwise(edges))
         self._check("rungs", rungs_ok, "shares between 0 and 1, ascending")
         starts_ok = all(0 <= node < self.num_nodes for node in self.layer_starts)
         self._check("layer_starts", starts_ok, f"nodes below num_nodes ({self.num_nodes})")

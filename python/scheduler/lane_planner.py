@@ -5,8 +5,8 @@
     one lane,  operator    the same, but the part ends at the last operator that fits the time that decodes leave
     two lanes              decodes on lane 0, prompts on lane 1: chunks (token), or whole runs that can be paused
 
-A lane whose other half has nothing to do takes the whole chip. Arrangements may change at any boundary: a run that rests goes
-on wherever prompts go then.
+A lane whose other half has nothing to do takes the whole chip. Arrangements may change at any boundary: a run that rests
+goes on wherever prompts go then.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def controller_for(config: SchedulerConfig, policy: Policy, cost_model: CostMode
         return Arbitration(config, cost_model)
     if config.prefill == "token" and num_nano_batches == 1:
         return None
-    return FixedArrangement(Arrangement(granularity=config.prefill, num_nano_batches=num_nano_batches, reason="by flag"))
+    return FixedArrangement(
+        Arrangement(granularity=config.prefill, num_nano_batches=num_nano_batches, reason="by flag")
+    )
 
 
 def _at_rung(shares: tuple[float, float], rungs: Sequence[float]) -> tuple[float, float]:
@@ -84,7 +86,7 @@ class LanePlanner:
         self.counts: dict[str, int] = {}  # arrangement -> times it was decided on
 
     def arrange(self) -> Arrangement:
-        """Asks the controller. What flags say of the granularity stands; without a program's nodes only tokens can be cut."""
+        """Asks the controller. A granularity that was asked for stands; without a program's nodes only tokens are cut."""
         decided = self._controller.arrange(self._outlook)
         if self._config.prefill and self._config.prefill != self._policy.prefill:
             decided = replace(decided, granularity=self._config.prefill)
@@ -107,9 +109,7 @@ class LanePlanner:
             share = arrangement.decode_share if self._outlook.has_prefill() else WHOLE_CHIP
             return NextWork(share, composition)
         if arrangement.granularity == "token" and not self._runs:
-            return NextWork(
-                WHOLE_CHIP, self._composer.compose(lane, num_free_rows, is_idle, arrangement.token_budget)
-            )
+            return NextWork(WHOLE_CHIP, self._composer.compose(lane, num_free_rows, is_idle, arrangement.token_budget))
         return self._next_in_turn(arrangement, num_free_rows, is_idle)
 
     def _next_of_prompts(
@@ -119,9 +119,7 @@ class LanePlanner:
             return None
         share = arrangement.prefill_share if self._outlook.has_decode() else WHOLE_CHIP
         if arrangement.granularity == "token" and not self._runs:
-            composition = self._composer.compose_prompts(
-                PREFILL_LANE, num_free_rows, is_idle, arrangement.token_budget
-            )
+            composition = self._composer.compose_prompts(PREFILL_LANE, num_free_rows, is_idle, arrangement.token_budget)
             return NextWork(share, composition)
         # One at a time: what waits in a lane's queue could not be overtaken by an arrival that ranks before it.
         if num_in_flight or self._runs.in_flight() is not None:

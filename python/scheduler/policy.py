@@ -91,7 +91,9 @@ class Policy:
     mixes: bool = True  # a step holds decodes and prompt chunks; else prompts go first and decodes wait for them
     # Of prompts that go through the program in parts: the most tokens of one run, (outlook, who leads it) -> tokens
     run_budget: Callable[[Outlook, Request], int] = whole_frame
-    order: Callable[[SchedulerConfig, CostModel | None], PrefillOrder] | None = None  # replaces `rank` where time counts
+    order: Callable[[SchedulerConfig, CostModel | None], PrefillOrder] | None = (
+        None  # replaces `rank` where time counts
+    )
     # What a flag that is not given means; what is given wins.
     lanes: str = "off"
     prefill: str = "token"

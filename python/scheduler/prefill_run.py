@@ -1,8 +1,8 @@
 """A prefill on its way through the program in parts: by groups of layers, or until it is paused at an operator.
 
-A run holds some requests' tokens from its first part to its last. Between two parts it rests: the runner keeps its frame, the
-requests keep their pages, and nothing of theirs may be scheduled. Only its end counts anything as computed, so the prefix cache
-hears of a run when it is over (Layered Prefill, arXiv 2510.08055; FlowPrefill, arXiv 2602.16603).
+A run holds some requests' tokens from its first part to its last. Between two parts it rests: the runner keeps its frame,
+the requests keep their pages, and nothing of theirs may be scheduled. Only its end counts anything as computed, so the
+prefix cache hears of a run when it is over (Layered Prefill, arXiv 2510.08055; FlowPrefill, arXiv 2602.16603).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PrefillRun:
         self.num_tokens = shape.num_tokens
         self.cursor = 0  # the node before which it rests, or before which its part in flight began
         self.plan: LanePlan | None = None  # its part in flight; None: it rests
-        self.bounds = bounds  # nodes at which its parts end, the program's end last; only that one: parts end by time or pause
+        self.bounds = bounds  # nodes at which its parts end, the program's end last; that one alone: by time or a pause
         self.is_pausing = False  # the part in flight was asked to stop
         self.is_doomed = False  # to be dropped when its part in flight is back
         self.copy_sources = copy_sources  # held until the run has ended: who knows whether its copy was made
@@ -55,7 +55,8 @@ class PrefillRun:
 
     def __repr__(self) -> str:
         state = "resting" if self.is_resting else "in flight"
-        return f"PrefillRun({self.run_id}, {len(self.requests)} requests, {self.num_tokens} tokens, node {self.cursor}, {state})"
+        size = f"{len(self.requests)} requests, {self.num_tokens} tokens"
+        return f"PrefillRun({self.run_id}, {size}, node {self.cursor}, {state})"
 
 
 class RunTable:

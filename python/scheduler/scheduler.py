@@ -19,7 +19,8 @@ Single-threaded: the engine's thread calls everything here.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from scheduler.composer import Composer, Composition
@@ -76,7 +77,7 @@ class SchedulerStats(NamedTuple):
     goodput: GoodputStats = GoodputStats()  # service levels kept and missed
     num_pauses: int = 0  # prefills that stopped for one that ranks before them
     num_moves: int = 0  # of the border between prefill and decode
-    arrangements: dict[str, int] = {}  # what the controller decided -> times; empty where nobody decides
+    arrangements: Mapping[str, int] = MappingProxyType({})  # what the controller decided -> times
 
 
 class Flight(NamedTuple):

@@ -14,15 +14,18 @@ What a runner does with a LanePlan, in this order:
     6 result       LaneFinished(LaneResult) with one (request_id, token id) for every request that samples
 
 Plans of one lane run in the order of their plan_id; results come back in that order. Lanes are independent. A lane is a
-role, a share says how much of the chip its plan gets: successive plans of a lane may have different shares (the border moved),
-and still run one after the other. A request is in flight on one lane at a time.
+role, a share says how much of the chip its plan gets: successive plans of a lane may have different shares (the border
+moved), and still run one after the other. A request is in flight on one lane at a time.
 
 A *run* is one pass of some requests' tokens through the program. Most plans are a whole run. A plan with a node range is a
-part of one: the first part brings admissions, pages and copies, those that follow name it in `continues`, repeat its requests
-without new pages, and start where it rests. Between two parts the runner keeps the run's frame; a part is planned when the result of the one before is here. Only the part that ends the program yields tokens. A plan in flight can be
-paused (PausePlan): its result then carries the node where it rests. The scheduler may have dropped a request (abort, stop id) whose plan is
-still queued: the runner runs it all the same; what it yields is ignored. Entries of a windowed KV group's page
-table that lie wholly before the window may have been given to others: an attention kernel never reads them.
+part of one: the first part brings admissions, pages and copies, those that follow name it in `continues`, repeat its
+requests without new pages, and start where it rests. Between two parts the runner keeps the run's frame; a part is planned
+when the result of the one before is here. Only the part that ends the program yields tokens. A plan in flight can be paused
+(PausePlan): its result then carries the node where it rests.
+
+The scheduler may have dropped a request (abort, stop id) whose plan is still queued: the runner runs it all the same; what
+it yields is ignored. Entries of a windowed KV group's page table that lie wholly before the window may have been given to
+others: an attention kernel never reads them.
 
 ScheduledRequest and TokenOutput are named tuples, not dataclasses: one of each is made per request and step, and a
 tuple is built several times faster than a frozen dataclass.

@@ -9,7 +9,8 @@ from scheduler.cost_model import CostModel
 from scheduler.outlook import Decodes
 from scheduler.step_shape import StepShape
 
-# Prefill tokens up to which so many groups do (the authors' rule): a group's work stays near that of 512 tokens in all layers.
+# Prefill tokens up to which so many groups do, by the authors' rule: a group's work stays near that of 512 tokens in all
+# layers.
 _TOKENS_OF_GROUPS = ((512, 1), (1024, 2), (2048, 4), (4096, 8))
 MOST_GROUPS = 16
 
