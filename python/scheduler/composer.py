@@ -82,26 +82,28 @@ class Composer:
         self._compose_decodes(composition, is_idle)
         return composition
 
-    def compose_prompts(self, lane: int, num_free_rows: int, is_idle: bool, token_budget: int = 0) -> Composition:
-        """Prompt chunks, and no decode. token_budget: 0 for as many as a step holds."""
+    def compose_prompts(
+        self, lane: int, num_free_rows: int, is_idle: bool, token_budget: int = 0, can_admit: bool = True
+    ) -> Composition:
+        """Prompt chunks, and no decode. token_budget: 0 for as many as a step holds. can_admit: of those that wait."""
         most = self._config.max_num_batched_tokens
         composition = Composition(lane, min(token_budget or most, most))
         self._compose_chunks(self._pending_prefills(lane), composition, is_idle)
-        if not (composition.has_stalled or composition.has_preempted):
+        if can_admit and not (composition.has_stalled or composition.has_preempted):
             self._compose_waiting(composition, num_free_rows, is_idle)
         return composition
 
-    def compose_run(self, lane: int, num_free_rows: int, is_idle: bool) -> Composition:
+    def compose_run(self, lane: int, num_free_rows: int, is_idle: bool, can_admit: bool = True) -> Composition:
         """Prompts that go through the program together, in parts: the first in rank order leads, cut only to what a frame
         holds; others join it in order, as far as the policy's budget for its run has room for all that is pending of them.
         """
         composition = Composition(lane, self._config.max_num_batched_tokens)
         prefills = self._pending_prefills(lane)
-        lead = self._run_lead(prefills)
+        lead = self._run_lead(prefills) if can_admit else next(iter(prefills), None)
         if lead is None:
             return composition
         budget = min(max(self._policy.run_budget(self._outlook, lead), 1), self._config.max_num_batched_tokens)
-        next_prefill, can_admit = 0, True
+        next_prefill = 0
         while True:
             waiting = self._waiting.peek() if can_admit and len(composition.admissions) < num_free_rows else None
             prefill = prefills[next_prefill] if next_prefill < len(prefills) else None

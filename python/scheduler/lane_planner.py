@@ -81,6 +81,9 @@ class LanePlanner:
         self._runs = runs
         self._has_parts = config.num_nodes > 0 and len(config.layer_starts) > 0
         self._part_was_last = False  # lane 0 takes turns between decodes and parts
+        # Who runs comes before who waits: nobody is admitted while a decode lacks a page, or the page that a prompt was
+        # preempted for would go to it again, for ever.
+        self._can_admit = True
         self.arrangement = Arrangement()
         self.num_moves = 0  # of the border between the lanes, or between one lane and two
         self.counts: dict[str, int] = {}  # arrangement -> times it was decided on
@@ -103,44 +106,41 @@ class LanePlanner:
         """num_in_flight: plans of this lane."""
         arrangement = self.arrangement
         if lane == PREFILL_LANE:
-            return self._next_of_prompts(arrangement, num_in_flight, num_free_rows, is_idle)
+            return self._next_of_prompts(lane, num_in_flight, num_free_rows, is_idle)
         if arrangement.is_spatial:
-            composition = self._composer.compose_decodes(lane, is_idle)
+            composition = self._compose_decodes(is_idle)
             share = arrangement.decode_share if self._outlook.has_prefill() else WHOLE_CHIP
             return NextWork(share, composition)
         if arrangement.granularity == "token" and not self._runs:
             return NextWork(WHOLE_CHIP, self._composer.compose(lane, num_free_rows, is_idle, arrangement.token_budget))
         return self._next_in_turn(arrangement, num_free_rows, is_idle)
 
-    def _next_of_prompts(
-        self, arrangement: Arrangement, num_in_flight: int, num_free_rows: int, is_idle: bool
-    ) -> NextWork | None:
+    def _next_of_prompts(self, lane: int, num_in_flight: int, num_free_rows: int, is_idle: bool) -> NextWork | None:
+        arrangement, composer = self.arrangement, self._composer
         if not arrangement.is_spatial:
             return None
         share = arrangement.prefill_share if self._outlook.has_decode() else WHOLE_CHIP
         if arrangement.granularity == "token" and not self._runs:
-            composition = self._composer.compose_prompts(PREFILL_LANE, num_free_rows, is_idle, arrangement.token_budget)
-            return NextWork(share, composition)
+            budget = arrangement.token_budget
+            return NextWork(share, composer.compose_prompts(lane, num_free_rows, is_idle, budget, self._can_admit))
         # One at a time: what waits in a lane's queue could not be overtaken by an arrival that ranks before it.
         if num_in_flight or self._runs.in_flight() is not None:
             return None
-        run = self._resting_run_to_go_on(PREFILL_LANE)
+        run = self._resting_run_to_go_on(lane)
         if run is None:
-            composition = self._composer.compose_run(PREFILL_LANE, num_free_rows, is_idle)
-            if composition.shares or composition.has_preempted or composition.has_stalled:
+            composition = composer.compose_run(lane, num_free_rows, is_idle, self._can_admit)
+            if composition.shares or composition.has_preempted:
                 return NextWork(share, composition, begins_run=True, last=self._config.num_nodes)
             run = self._runs.first_resting()  # whoever ranks before it cannot begin after all
         return NextWork(share, run=run, last=self._config.num_nodes) if run is not None else None
 
     def _next_in_turn(self, arrangement: Arrangement, num_free_rows: int, is_idle: bool) -> NextWork | None:
         """One lane: decodes and parts of prefills take turns; either goes on alone when the other has nothing."""
-        if self._part_was_last:
-            composition = self._composer.compose_decodes(DECODE_LANE, is_idle)
+        if self._part_was_last or not self._can_admit:
+            composition = self._compose_decodes(is_idle)
             if composition.shares or composition.has_preempted:
-                self._part_was_last = False
+                self._part_was_last = not composition.shares
                 return NextWork(WHOLE_CHIP, composition)
-            if composition.has_stalled and self._runs.in_flight() is not None:
-                return None  # pages come back with the part in flight
         part = self._next_part(arrangement, num_free_rows, is_idle)
         if part is not None:
             if part.run is not None or part.composition.shares:
@@ -148,7 +148,12 @@ class LanePlanner:
             return part
         if self._part_was_last:
             return None
-        return NextWork(WHOLE_CHIP, self._composer.compose_decodes(DECODE_LANE, is_idle))
+        return NextWork(WHOLE_CHIP, self._compose_decodes(is_idle))
+
+    def _compose_decodes(self, is_idle: bool) -> Composition:
+        composition = self._composer.compose_decodes(DECODE_LANE, is_idle)
+        self._can_admit = not (composition.has_stalled or composition.has_preempted)
+        return composition
 
     def _next_part(self, arrangement: Arrangement, num_free_rows: int, is_idle: bool) -> NextWork | None:
         """None: no prompt can go on now."""
@@ -158,7 +163,7 @@ class LanePlanner:
         if run is None:
             if arrangement.granularity == "token":
                 return None
-            composition = self._composer.compose_run(DECODE_LANE, num_free_rows, is_idle)
+            composition = self._composer.compose_run(DECODE_LANE, num_free_rows, is_idle, self._can_admit)
             if composition.has_preempted and not composition.shares:
                 return NextWork(WHOLE_CHIP, composition)
             if not composition.shares:
