@@ -210,6 +210,8 @@ class LanePlanner:
         run = self._runs.first_resting()
         if run is None or len(run.bounds) > 1 or len(self._runs) >= self._config.max_resting_runs:
             return run
+        if self.arrangement.granularity == "token":
+            return run  # no new run begins: those that have begun end first
         lead = self._composer.run_lead(lane)
         if lead is None or run.lead.rank < lead.rank or not self._can_begin(lead):
             return run
