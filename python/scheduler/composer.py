@@ -36,6 +36,10 @@ class Composition:
         self.has_stalled = False  # a running request got no page
         self.has_preempted = False
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(num_tokens for _, num_tokens in self.shares)
+
 
 class Composer:
     """Reads the queues and the pages. `preempt(request)` and `is_draining()` are the scheduler's."""
@@ -112,7 +116,7 @@ class Composer:
             if request is None or composition.has_stalled or composition.has_preempted:
                 return composition
             if composition.shares:  # the lead has its tokens: what is left of the budget is for whole prompts
-                num_left = budget - sum(num_tokens for _, num_tokens in composition.shares)
+                num_left = budget - composition.num_tokens
                 if request.num_expected_tokens - request.next_start > num_left:
                     return composition
             if takes_waiting:

@@ -18,42 +18,35 @@ Single-threaded: the engine's thread calls everything here.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from scheduler.composer import Composer, Composition
+from scheduler.composer import Composer
 from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel
 from scheduler.goodput import GoodputCounter, GoodputStats, outcome_of
-from scheduler.lane_planner import LanePlanner, NextWork, controller_for
+from scheduler.lane_planner import LanePlanner, controller_for
 from scheduler.outlook import Outlook
+from scheduler.plan_commits import PlanCommits
 from scheduler.policy import policy_named, with_preset
-from scheduler.prefill_run import PrefillRun, RunTable
-from scheduler.prefix_cache import PrefixNode
+from scheduler.prefill_run import RunTable
 from scheduler.queues import RunningList, WaitingQueue
 from scheduler.request import Request, RequestStatus
 from scheduler.request_pages import RequestPages
+from scheduler.run_lives import RunLives
 from scheduler.step import (
     AbortRequest,
-    Admission,
     Arrival,
     CopyDone,
-    DropRun,
     Event,
     LaneFinished,
     LanePlan,
     LaneResult,
     Order,
-    PageCopy,
-    PageTableReset,
-    PausePlan,
-    ScheduledRequest,
     Timer,
     TokenOutput,
 )
-from scheduler.step_shape import shape_of
 
 RUNNING, PREEMPTED, FINISHED = RequestStatus.RUNNING, RequestStatus.PREEMPTED, RequestStatus.FINISHED
 MISSING = -2  # no token where one was due; -1 is the contract's "the logits were not finite"
@@ -80,15 +73,6 @@ class SchedulerStats(NamedTuple):
     arrangements: Mapping[str, int] = MappingProxyType({})  # what the controller decided -> times
 
 
-class Flight(NamedTuple):
-    """A plan between commit and result."""
-
-    plan: LanePlan
-    requests: list[Request]  # plan.requests, as objects
-    copy_sources: list[PrefixNode]  # held until the plan has copied them
-    run: PrefillRun | None = None  # of which the plan is a part
-
-
 class Scheduler:
     def __init__(self, config: SchedulerConfig, cost_model: CostModel | None = None) -> None:
         """cost_model: of this machine, for policies that predict; None: they go by their fixed limits."""
@@ -101,8 +85,6 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._running = RunningList()
         self._draining: set[Request] = set()
-        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
-        self._lanes: list[deque[Flight]] = [deque() for _ in range(config.num_lanes)]
         self._runs = RunTable()
         self._outlook = Outlook(config, cost_model, self._running, self._waiting, self._runs, self._pages)
         self._composer = Composer(
@@ -116,14 +98,17 @@ class Scheduler:
                 config, self._policy, self._controller, self._composer, self._outlook, self._runs
             )
         self._order = self._policy.order(config, cost_model) if self._policy.order is not None else None
-        self._orders: list[Order] = []
-        self._num_pauses = 0
+        self._run_lives = RunLives(
+            config.num_nodes, self._runs, self._pages, self._order, preempt=self._preempt, drained=self._drained
+        )
+        self._commits = PlanCommits(
+            config, self._pages, self._running, self._run_lives, cost_model.window if cost_model is not None else 0
+        )
+        self._lanes = self._commits.lanes
+        self._free_rows = self._commits.free_rows
         self._outputs: list[TokenOutput] = []
-        self._num_plans = 0
         self._num_arrivals = 0
         self._num_preemptions = 0
-        self._num_prefix_query_tokens = 0
-        self._num_prefix_hit_tokens = 0
         self._goodput = GoodputCounter()
 
     def on_event(self, event: Event, now: float) -> list[LanePlan]:
@@ -151,8 +136,7 @@ class Scheduler:
 
     def take_orders(self) -> list[Order]:
         """What to do with plans in flight and runs at rest, since the last call, after the plans were launched."""
-        orders, self._orders = self._orders, []
-        return orders
+        return self._run_lives.take_orders()
 
     @property
     def num_unfinished(self) -> int:
@@ -184,10 +168,10 @@ class Scheduler:
             num_live_pages=num_live,
             kv_usage=num_live / pages.num_pages,
             num_preemptions=self._num_preemptions,
-            num_prefix_query_tokens=self._num_prefix_query_tokens,
-            num_prefix_hit_tokens=self._num_prefix_hit_tokens,
+            num_prefix_query_tokens=self._commits.num_prefix_query_tokens,
+            num_prefix_hit_tokens=self._commits.num_prefix_hit_tokens,
             goodput=self._goodput.stats(),
-            num_pauses=self._num_pauses,
+            num_pauses=self._run_lives.num_pauses,
             num_moves=self._planner.num_moves if self._planner is not None else 0,
             arrangements=dict(self._planner.counts) if self._planner is not None else {},
         )
@@ -277,7 +261,7 @@ class Scheduler:
         flight = flights.popleft()
         for node in flight.copy_sources:
             self._pages.release_source(node)
-        if flight.run is not None and not self._land_part(flight.run, flight.plan, result, now):
+        if flight.run is not None and not self._run_lives.land_part(flight.run, flight.plan, result, now):
             return  # the run goes on: nothing is computed yet
 
         token_of = dict(result.sampled)
@@ -328,60 +312,6 @@ class Scheduler:
             if request.status is PREEMPTED and request.num_plans_in_flight == 0:
                 self._drained(request)
 
-    def _land_part(self, run: PrefillRun, plan: LanePlan, result: LaneResult, now: float) -> bool:
-        """A part is back. True: with it the run has ended, or failed, and its result is the requests'."""
-        run.plan, run.is_pausing = None, False
-        num_nodes = self.config.num_nodes
-        ended_at = result.cursor if result.cursor is not None else (plan.node_range or (0, num_nodes))[1]
-        if ended_at < num_nodes and not result.failed:
-            run.cursor = ended_at
-            self._num_pauses += result.cursor is not None
-            if self._order is not None:
-                run.executed_s += now - run.part_started_s
-                self._order.paused(run.lead, run.executed_s, now)
-            if run.is_doomed or all(request.status is not RUNNING for request in run.requests):
-                self._drop_run(run)
-            return False
-        self._runs.remove(run)
-        for node in run.copy_sources:
-            self._pages.release_source(node)
-        for request in run.requests:
-            request.run = None
-            if self._order is not None:
-                self._order.ended(request)
-        return True
-
-    def _drop_run(self, run: PrefillRun) -> None:
-        """A run at rest will not go on: what it computed is forgotten, and who is alive is scheduled anew."""
-        self._runs.remove(run)
-        self._orders.append(DropRun(run.run_id))
-        for node in run.copy_sources:
-            self._pages.release_source(node)
-        for request, (_, _, start, _, _, samples) in zip(run.requests, run.scheduled, strict=True):
-            request.run = None
-            request.num_plans_in_flight -= 1
-            if request.status is RUNNING:
-                request.next_start = start
-                request.num_expected_tokens -= samples
-                if run.copy_sources:  # whether its copied part of a page was filled is not known
-                    self._preempt(request)
-            elif request.num_plans_in_flight == 0:
-                self._drained(request)
-
-    def _leave_run(self, request: Request) -> None:
-        """A request of a run was preempted: its pages are needed now, so the run ends as soon as it rests."""
-        run = request.run
-        if run.is_resting:
-            self._drop_run(run)
-        else:
-            run.is_doomed = True
-            self._pause(run)
-
-    def _pause(self, run: PrefillRun) -> None:
-        if not run.is_pausing:
-            run.is_pausing = True
-            self._orders.append(PausePlan(run.plan.plan_id, run.plan.lane))
-
     # Lives and ends
 
     def _finish(self, request: Request, reason: str, now: float, error: str | None = None) -> None:
@@ -412,7 +342,7 @@ class Scheduler:
             self._waiting.remove(request)
         run = request.run
         if run is not None and run.is_resting and all(other.status is not RUNNING for other in run.requests):
-            self._drop_run(run)
+            self._run_lives.drop(run)
 
     def _preempt(self, request: Request) -> None:
         """Preemption by recompute: known tokens are computed again, as far as the prefix cache forgot them."""
@@ -422,7 +352,7 @@ class Scheduler:
         self._running.remove(request)
         self._drain(request)
         if request.run is not None:
-            self._leave_run(request)
+            self._run_lives.leave(request)
 
     def _count_goodput(self, request: Request, reason: str, now: float) -> None:
         arrival_s, first_token_s = request.arrival_s, request.first_token_s
@@ -458,12 +388,12 @@ class Scheduler:
             self._rerank(now)
         if self._planner is not None:
             return self._plan_roles(now)
-        plans: list[LanePlan] = []
+        config, plans = self.config, []
         for lane, flights in enumerate(self._lanes):
-            while len(flights) < self.config.max_plans_in_flight and (self._running or self._waiting):
+            while len(flights) < config.max_plans_in_flight and (self._running or self._waiting):
                 composition = self._composer.compose(lane, len(self._free_rows), self.num_plans_in_flight == 0)
                 if composition.shares:
-                    plans.append(self._commit(composition, now))
+                    plans.append(self._commits.step(composition, now, config.lane_shares[lane]))
                 elif not composition.has_preempted:
                     break  # else a preemption made room for those who wait
         return plans
@@ -490,121 +420,13 @@ class Scheduler:
                 if work is None:
                     break
                 if work.run is not None:
-                    plans.append(self._commit_part(lane, work, now))
+                    plans.append(self._commits.part(lane, work.run, work.last, now, work.share))
                 elif work.composition.shares:
-                    plans.append(self._commit(work.composition, now, work))
+                    bounds = planner.bounds_of(work.composition.num_tokens) if work.begins_run else None
+                    plans.append(self._commits.step(work.composition, now, work.share, bounds, work.last))
                 elif not work.composition.has_preempted:
                     break
         run = planner.run_to_pause()
         if run is not None:
-            self._pause(run)
+            self._run_lives.pause(run)
         return plans
-
-    def _commit_part(self, lane: int, work: NextWork, now: float) -> LanePlan:
-        """The next part of a run: its requests, pages and copies are the run's."""
-        run = work.run
-        self._num_plans += 1
-        plan = run.plan = LanePlan(
-            self._num_plans, lane, work.share, "step", (run.cursor, work.last), run.scheduled, continues=run.run_id
-        )
-        self._begin_part(run, now)
-        self._lanes[lane].append(Flight(plan, run.requests, [], run))
-        return plan
-
-    def _begin_part(self, run: PrefillRun, now: float) -> None:
-        run.part_started_s = now
-        for request in run.requests:
-            request.lane = run.plan.lane
-        if self._order is not None:
-            self._order.started(run.lead, now)
-
-    def _commit(self, composition: Composition, now: float, work: NextWork | None = None) -> LanePlan:
-        """The only place where a plan changes requests, pages and rows."""
-        lane, pages = composition.lane, self._pages
-        for request, match in composition.admissions:
-            pages.take_match(request, match)
-        admissions, resets, copies, copy_sources = self._commit_admissions(composition, now)
-
-        scheduled: list[ScheduledRequest] = []
-        requests: list[Request] = []
-        no_pages = pages.no_pages
-        for request, num_tokens in composition.shares:
-            start = request.next_start
-            stop = start + num_tokens
-            new_pages = pages.extend(request, stop) if stop > request.page_capacity else no_pages
-            samples = stop == request.num_expected_tokens
-            request.next_start = stop
-            if samples:
-                request.num_expected_tokens = stop + 1
-            request.num_plans_in_flight += 1
-            request.lane = lane
-            share = (request.request_id, request.row, start, num_tokens, new_pages, samples)
-            scheduled.append(make_tuple(ScheduledRequest, share))
-            requests.append(request)
-
-        self._num_plans += 1
-        is_part = work is not None and work.begins_run
-        plan = LanePlan(
-            plan_id=self._num_plans,
-            lane=lane,
-            share=self.config.lane_shares[lane] if work is None else work.share,
-            program="step",
-            node_range=(0, work.last) if is_part and work.last < self.config.num_nodes else None,
-            requests=tuple(scheduled),
-            admissions=tuple(admissions),
-            resets=tuple(resets),
-            copies=tuple(copies),
-        )
-        if is_part:
-            self._lanes[lane].append(Flight(plan, requests, [], self._begin_run(plan, requests, copy_sources, now)))
-        else:
-            self._lanes[lane].append(Flight(plan, requests, copy_sources))
-        return plan
-
-    def _begin_run(
-        self, plan: LanePlan, requests: list[Request], copy_sources: list[PrefixNode], now: float
-    ) -> PrefillRun:
-        no_pages = self._pages.no_pages
-        scheduled = tuple(share._replace(new_pages=no_pages) for share in plan.requests)
-        window = self.cost_model.window if self.cost_model is not None else 0
-        shape = shape_of(scheduled, window)
-        bounds = self._planner.bounds_of(shape.num_tokens)
-        run = PrefillRun(plan.plan_id, requests, scheduled, shape, copy_sources, now, bounds)
-        run.plan = plan
-        for request in requests:
-            request.run = run
-        self._runs.add(run)
-        self._begin_part(run, now)
-        return run
-
-    def _commit_admissions(
-        self, composition: Composition, now: float
-    ) -> tuple[list[Admission], list[PageTableReset], list[PageCopy], list[PrefixNode]]:
-        admissions: list[Admission] = []
-        resets: list[PageTableReset] = []
-        copies: list[PageCopy] = []
-        copy_sources: list[PrefixNode] = []
-        for request, match in composition.admissions:
-            if match is not None and match.copy_node is not None:
-                copies.extend(self._pages.copy_matched_part(request, match.copy_node))
-                copy_sources.append(match.copy_node)
-            request.row = row = self._free_rows.pop()
-            request.status = RUNNING
-            self._running.add(request)
-            if request.first_scheduled_s is None:
-                # A resume finds its own pages; counting them would flatter the hit rate.
-                request.first_scheduled_s = now
-                request.num_cached_tokens = request.num_computed_tokens
-                self._num_prefix_query_tokens += request.num_prompt_tokens
-                self._num_prefix_hit_tokens += request.num_computed_tokens
-            admissions.append(
-                Admission(
-                    request.request_id,
-                    row,
-                    request.known_token_ids(),
-                    request.num_prompt_tokens,
-                    request.num_computed_tokens,
-                )
-            )
-            resets.append(PageTableReset(row, tuple(tuple(table) for table in request.pages)))
-        return admissions, resets, copies, copy_sources
