@@ -8,15 +8,19 @@ the sum of its nodes.
     model.step_s(shape)                            # alone on the whole machine
     cost = model.step_cost(shape, share=0.5)
     cost.duration_s(other_demand)                  # beside lanes that draw so many bytes/s
+    model.range_s(shape, first, last)              # nodes [first, last) alone
+    model.last_node_within(shape, first, limit_s)  # how far so much time goes
     model.observe(shape, measured_s)               # refine
 
 Layers are alike, so the nodes of a model fall into a few groups that are computed once and counted: some 10 microseconds
-a step.
+a step, or a range of nodes. What is asked node by node (node_ends_s) is kept for the shapes asked for last.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from scheduler.machine import Machine
@@ -28,6 +32,7 @@ MIN_CORRECTION, MAX_CORRECTION = 0.25, 4.0
 LEARNING_RATE = 0.05  # weight of the newest step in a correction
 SATURATED = 0.9  # of the best throughput
 _MAX_KNOWN_RATES = 1 << 15
+_MAX_KNOWN_ENDS = 256  # shapes of which the nodes' ends are kept
 GUARD_QUANTILE, GUARD_RATE = 0.95, 0.02  # of actual / predicted, for promises; tracked in steps of this rate
 MAX_GUARD_RATIO = 2.0
 
@@ -106,12 +111,14 @@ class CostModel:
         self.spec = spec
         self.machine = machine
         self._nodes = spec.nodes()
-        self._groups = _grouped(self._nodes)
+        self._groups, self._group_of, self._counts_before = _grouped(self._nodes)
         self._corrections: dict[str, float] = {}
         self._guard_ratio = 1.0
         # A run asks for the same few (class, rows, rows, share) again and again.
         self._known_rates: dict[tuple[str, float, int, float], tuple[float, float, float]] = {}
+        self._known_ends: dict[tuple[StepShape, float], list[float]] = {}
         self._saturating: dict[tuple[int, float], int] = {}
+        self.num_nodes = len(self._nodes)
         self.window = spec.sliding_window
 
     # Predictions
@@ -125,7 +132,10 @@ class CostModel:
 
     def step_cost(self, shape: StepShape, share: float = 1.0, node_range: tuple[int, int] | None = None) -> StepCost:
         """node_range: of the Program, None for all of it."""
-        groups = self._groups if node_range is None else _grouped(self._nodes[node_range[0] : node_range[1]])
+        groups = self._groups if node_range is None else self._groups_in(*node_range)
+        return StepCost(self._segments(groups, shape, share), self.machine.step_overhead_s, self.machine)
+
+    def _segments(self, groups: Sequence[tuple[NodeSpec, int]], shape: StepShape, share: float) -> list[Segment]:
         segments: list[Segment] = []
         token_rows, logit_rows = shape.num_tokens, shape.num_logit_rows
         for node, count in groups:
@@ -141,18 +151,74 @@ class CostModel:
             compute_s = count * node.operations_per_row * num_rows / compute_rate
             fields = (kind, compute_s, num_bytes / memory_rate, count * beside_s, num_bytes)
             segments.append(make_tuple(Segment, fields))
-        return StepCost(segments, self.machine.step_overhead_s, self.machine)
+        return segments
 
-    def last_node_within(self, shape: StepShape, first: int, limit_s: float, share: float = 1.0) -> int:
-        """The end of the longest range of nodes from `first` on that takes at most limit_s; at least one node."""
-        low, high = first + 1, len(self._nodes)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.step_cost(shape, share, (first, middle)).alone_s <= limit_s:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+    def range_s(self, shape: StepShape, first: int, last: int, share: float = 1.0, other_demand: float = 0.0) -> float:
+        """Nodes [first, last) as one part of a run, what comes between two plans included; beside lanes that draw
+        other_demand bytes/s."""
+        if other_demand > 0.0:
+            return self.step_cost(shape, share, (first, last)).duration_s(other_demand)
+        ends = self.node_ends_s(shape, share)
+        return self.machine.step_overhead_s + ends[last] - ends[first]
+
+    def node_ends_s(self, shape: StepShape, share: float = 1.0) -> list[float]:
+        """Seconds from the start of a step's first node to the boundary before each node, alone: num_nodes + 1 ascending
+        numbers, the first 0, the last the step without its overhead. Not to be written to."""
+        key = (shape, share)
+        ends = self._known_ends.get(key)
+        if ends is None:
+            seconds = [self._group_s(group.node, shape, share) for group in self._groups]
+            if len(self._known_ends) >= _MAX_KNOWN_ENDS:
+                self._known_ends.clear()
+            each = [seconds[group] for group in self._group_of]
+            ends = self._known_ends[key] = list(accumulate(each, initial=0.0))
+        return ends
+
+    def last_node_within(
+        self, shape: StepShape, first: int, limit_s: float, share: float = 1.0, candidates: Sequence[int] | None = None
+    ) -> int:
+        """The end of the longest range of nodes from `first` on that takes at most limit_s as range_s counts it; at least
+        one node. candidates: where it may end, ascending (the ends of layers); then at least up to the first of them
+        behind `first`. Raises ValueError when none lies behind it."""
+        ends = self.node_ends_s(shape, share)
+        limit_s += ends[first] - self.machine.step_overhead_s
+        if candidates is None:
+            return max(bisect_right(ends, limit_s) - 1, first + 1)
+        lowest = bisect_right(candidates, first)
+        if lowest == len(candidates):
+            raise ValueError(f"last_node_within: got candidates {list(candidates)}, wanted one behind node {first}")
+        place = bisect_right(candidates, limit_s, lowest, key=ends.__getitem__) - 1
+        return candidates[max(place, lowest)]
+
+    def longest_node_s(self, shape: StepShape, share: float = 1.0) -> float:
+        """What a pause waits for at most: a node that has begun ends."""
+        return max(self._group_s(group.node, shape, share) for group in self._groups)
+
+    def stop_node(
+        self, shape: StepShape, node_range: tuple[int, int] | None, done: float, share: float = 1.0
+    ) -> tuple[int, float]:
+        """A plan of which the fraction `done` is over is asked to stop: the node before which it rests, and the fraction
+        that is over then (1: it ends first). The nodes that the lane has launched ahead still run."""
+        first, last = node_range or (0, self.num_nodes)
+        ends, overhead_s = self.node_ends_s(shape, share), self.machine.step_overhead_s
+        total_s = overhead_s + ends[last] - ends[first]
+        now_s = done * total_s - overhead_s + ends[first]  # on the scale of `ends`
+        if now_s <= ends[first]:
+            return first, done  # not a node has begun
+        # The first boundary at or behind now; what a comparison of sums may miss is no node.
+        node = bisect_left(ends, now_s - 1e-12, first, last) + self.machine.launch_ahead_nodes - 1
+        if node >= last:
+            return last, 1.0
+        return node, max(done, (overhead_s + ends[node] - ends[first]) / total_s)
+
+    def _group_s(self, node: NodeSpec, shape: StepShape, share: float) -> float:
+        return StepCost(self._segments(((node, 1),), shape, share), 0.0, self.machine).alone_s
+
+    def _groups_in(self, first: int, last: int) -> list[tuple[NodeSpec, int]]:
+        before, after = self._counts_before[first], self._counts_before[last]
+        return [
+            (group.node, high - low) for group, low, high in zip(self._groups, before, after, strict=True) if high > low
+        ]
 
     def saturating_tokens(self, most: int, share: float = 1.0) -> int:
         """The fewest tokens (16 times a power of two) of a prompt whose throughput is near the best that up to `most`
@@ -171,15 +237,8 @@ class CostModel:
 
     def node_durations_s(self, shape: StepShape, share: float = 1.0) -> list[tuple[str, float]]:
         """(name, seconds) of every node, for a trace."""
-        durations: dict[NodeSpec, float] = {}
-        named = []
-        for index, node in enumerate(self._nodes):
-            key = node._replace(name="", layer=0)
-            if key not in durations:
-                cost = self.step_cost(shape, share, (index, index + 1))
-                durations[key] = cost.alone_s - self.machine.step_overhead_s
-            named.append((node.name, durations[key]))
-        return named
+        seconds = [self._group_s(group.node, shape, share) for group in self._groups]
+        return [(node.name, seconds[group]) for node, group in zip(self._nodes, self._group_of, strict=True)]
 
     def _rates(self, node_class: str, filling_rows: float, num_rows: int, share: float) -> tuple[float, float, float]:
         """(operations/s, bytes/s, seconds beside both) of one node of a class, corrected. `filling_rows`: what the compute
@@ -237,13 +296,16 @@ class CostModel:
     def guard_ratio(self) -> float:
         return self._guard_ratio
 
-    def observe(self, shape: StepShape, measured_s: float, share: float = 1.0) -> None:
-        """A step took measured_s. Each class is corrected by its part of the step: a class that is half of it takes half
-        of the blame. Exponential, bounded."""
-        cost = self.step_cost(shape, share)
+    def observe(
+        self, shape: StepShape, measured_s: float, share: float = 1.0, node_range: tuple[int, int] | None = None,
+        other_demand: float = 0.0,
+    ) -> None:  # fmt: skip
+        """A step, or these nodes of it, took measured_s, beside lanes that drew other_demand bytes/s. Each class is
+        corrected by its part of the step: one that is half of it takes half of the blame. Exponential, bounded."""
+        cost = self.step_cost(shape, share, node_range)
         if cost.alone_s <= 0.0 or measured_s <= 0.0:
             return
-        ratio = measured_s / cost.alone_s
+        ratio = measured_s / cost.duration_s(other_demand)
         parts: dict[str, float] = {}
         for segment in cost.segments:
             parts[segment.node_class] = parts.get(segment.node_class, 0.0) + segment.duration_s
@@ -262,10 +324,19 @@ class CostModel:
         bounded = min(max(ratio, MIN_CORRECTION), MAX_CORRECTION)
         correction = self._corrections.get(node_class, 1.0) * bounded**weight
         self._known_rates.clear()
+        self._known_ends.clear()
         self._corrections[node_class] = min(max(correction, MIN_CORRECTION), MAX_CORRECTION)
 
 
-def _grouped(nodes: tuple[NodeSpec, ...]) -> list[_Group]:
-    """Equal nodes (of different layers) together, in order of first appearance."""
-    counts = Counter(node._replace(name="", layer=0) for node in nodes)
-    return [_Group(node, count) for node, count in counts.items()]
+def _grouped(nodes: tuple[NodeSpec, ...]) -> tuple[list[_Group], list[int], list[tuple[int, ...]]]:
+    """Equal nodes (of different layers) together, in order of first appearance; the group of every node; and how many
+    nodes of each group lie before each boundary."""
+    place_of: dict[NodeSpec, int] = {}
+    group_of = [place_of.setdefault(node._replace(name="", layer=0), len(place_of)) for node in nodes]
+    counts = [0] * len(place_of)
+    counts_before = [tuple(counts)]
+    for group in group_of:
+        counts[group] += 1
+        counts_before.append(tuple(counts))
+    groups = [_Group(node, count) for node, count in zip(place_of, counts, strict=True)]
+    return groups, group_of, counts_before

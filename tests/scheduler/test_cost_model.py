@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -28,6 +29,7 @@ def shape(*parts: tuple[int, int]):
 
 DECODES = shape(*[(200, 1)] * 8)
 PROMPT = shape((0, 512))
+MIXED = shape((64, 90), *[(100, 1)] * 5)
 
 
 def test_a_step_is_the_sum_of_its_nodes_each_bound_by_compute_or_memory():
@@ -52,6 +54,65 @@ def test_ranges_of_nodes_add_up_to_the_whole():
     for cut in (1, 5, num_nodes - 2):
         parts = [model.step_cost(PROMPT, 1.0, bounds) for bounds in ((0, cut), (cut, num_nodes))]
         assert sum(part.alone_s for part in parts) == pytest.approx(model.step_s(PROMPT))
+
+
+def test_the_ends_of_nodes_are_what_ranges_of_them_take():
+    model = CostModel(SPEC, machine(step_overhead_s=3e-5))
+    num_nodes = len(SPEC.nodes())
+    for one in (DECODES, PROMPT, MIXED):
+        ends = model.node_ends_s(one, 0.5)
+        assert len(ends) == num_nodes + 1 and ends[0] == 0.0 and ends == sorted(ends)
+        assert ends[-1] + 3e-5 == pytest.approx(model.step_s(one, 0.5), rel=1e-12)
+        for first, last in ((0, 1), (0, 7), (3, 11), (num_nodes - 2, num_nodes)):
+            assert model.range_s(one, first, last, 0.5) == pytest.approx(
+                model.step_cost(one, 0.5, (first, last)).alone_s, rel=1e-9
+            )
+        assert model.longest_node_s(one, 0.5) == pytest.approx(max(b - a for a, b in pairwise(ends)))
+    beside_s = model.range_s(DECODES, 2, 9, other_demand=4e10)
+    assert beside_s == model.step_cost(DECODES, 1.0, (2, 9)).duration_s(4e10) > model.range_s(DECODES, 2, 9)
+    before = model.node_ends_s(PROMPT)[-1]
+    for _ in range(50):
+        model.observe(PROMPT, 2 * before, node_range=(1, 9))
+    assert model.node_ends_s(PROMPT)[-1] > 1.05 * before  # what was learned is not hidden by what was kept
+
+
+def test_how_far_a_time_goes():
+    model = CostModel(SPEC, machine(step_overhead_s=3e-5))
+    num_nodes, layers = len(SPEC.nodes()), [2, 7, 12, 17, 22]
+    for first in (0, 4, num_nodes - 1):
+        for limit_s in (0.0, 4e-5, 1e-4, 2e-4, 1.0):
+            fitting = [
+                last for last in range(first + 1, num_nodes + 1) if model.range_s(PROMPT, first, last) <= limit_s
+            ]
+            assert model.last_node_within(PROMPT, first, limit_s) == max(fitting, default=first + 1)
+            ends = [*layers, num_nodes]
+            behind = [last for last in ends if last > first]
+            wanted = max((last for last in behind if last in fitting), default=behind[0])
+            assert model.last_node_within(PROMPT, first, limit_s, candidates=ends) == wanted
+    with pytest.raises(ValueError, match="candidates"):
+        model.last_node_within(PROMPT, 22, 1.0, candidates=layers)
+
+
+@pytest.mark.parametrize("num_ahead", [1, 3])
+def test_a_stop_comes_at_the_next_boundary_behind_what_was_launched(num_ahead):
+    model = CostModel(SPEC, machine(step_overhead_s=3e-5, launch_ahead_nodes=num_ahead))
+    first, last = 2, 20
+    ends, total_s = model.node_ends_s(PROMPT), model.range_s(PROMPT, first, last)
+
+    def stop(elapsed_s: float) -> tuple[int, float]:
+        node, done = model.stop_node(PROMPT, (first, last), elapsed_s / total_s)
+        return node, done * total_s
+
+    assert stop(1e-5) == (first, pytest.approx(1e-5))  # before its first node it stops at once
+    for node in range(first, last):
+        middle_s = 3e-5 + (ends[node] + ends[node + 1]) / 2 - ends[first]
+        stopped_at, stopped_s = stop(middle_s)
+        if node + num_ahead >= last:
+            assert (stopped_at, stopped_s) == (last, pytest.approx(total_s))
+        else:
+            assert stopped_at == node + num_ahead
+            assert stopped_s == pytest.approx(3e-5 + ends[stopped_at] - ends[first])
+            assert stopped_s - middle_s <= num_ahead * model.longest_node_s(PROMPT)
 
 
 def test_a_smaller_share_never_helps_and_memory_saturates_before_compute():
