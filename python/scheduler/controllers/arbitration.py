@@ -7,9 +7,9 @@ Candidates, each with the prompt tokens per second that it sustains while decode
     P:D       two lanes, decodes on D of the chip beside runs on P, contention for memory included, at every rung of the chip
     100:100   two lanes without a border
 
-The one that sustains most wins; the present one is left only for a gain of more than `hysteresis`. With nothing to decode, or
-no prompt, the whole chip does what there is. Within one lane the credit of those who decode decides how long the very next
-step may be (tpot_slack.py), so a burst of prompts is worked off while it hurts nobody.
+The one that sustains most wins; the present one is left only for a gain of more than `hysteresis`. With nothing to decode,
+or no prompt, the whole chip does what there is. Within one lane the credit of those who decode decides how long the very
+next step may be (tpot_slack.py), so a burst of prompts is worked off while it hurts nobody.
 
 FastGen (mix), Layered Prefill (turns), semi-PD and Nexus (P:D) and un-partitioned lanes (100:100) are this rule with one
 kind of candidate; their own controllers are beside this one to be compared with.
@@ -102,7 +102,8 @@ class Arbitration:
             return Arrangement(granularity="operator", token_budget=self._config.max_num_batched_tokens,
                                reason="no decode: the whole chip takes prompts")  # fmt: skip
         candidate = self._choose(outlook, decodes)
-        text = f"{_name(candidate)}: {candidate.prompt_tokens_per_s:.0f} prompt tokens/s beside {decodes.shape.num_tokens} decodes"
+        rate, num = candidate.prompt_tokens_per_s, decodes.shape.num_tokens
+        text = f"{_name(candidate)}: {rate:.0f} prompt tokens/s beside {num} decodes"
         if candidate.prefill_share:
             return Arrangement(candidate.prefill_share, candidate.decode_share, "operator", reason=text)
         decode_s = model.guarded_step_s(decodes.shape)
