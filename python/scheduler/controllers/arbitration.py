@@ -30,6 +30,7 @@ from scheduler.splitfuse import TILE_TOKENS, most_tiles
 from scheduler.step_shape import StepShape
 
 HYSTERESIS = 0.05
+TPOT_MARGIN = 0.92  # of a target that is planned with: steps are not as predicted
 KINDS = ("mix", "turns", "split", "overlap")
 _STEPS_PER_OCTAVE = 4  # of the sizes for which candidates are predicted: neighbours differ by less than a fifth
 _MOST_KNOWN = 4096
@@ -104,7 +105,7 @@ class Arbitration:
         candidate = self._choose(outlook, decodes)
         rate, num = candidate.prompt_tokens_per_s, decodes.shape.num_tokens
         text = f"{_name(candidate)}: {rate:.0f} prompt tokens/s beside {num} decodes"
-        if candidate.prefill_share:
+        if candidate.prefill_share and self._is_due(outlook, decodes, candidate):
             return Arrangement(candidate.prefill_share, candidate.decode_share, "operator", reason=text)
         decode_s = model.guarded_step_s(decodes.shape)
         allowed_s = self._allowed_s(outlook, decodes, decode_s)
@@ -112,6 +113,11 @@ class Arbitration:
             room_s = 1e9 if allowed_s is None else max(allowed_s - decode_s, 0.0)
             return Arrangement(granularity="operator", segment_s=max(room_s, 1e-6), reason=text)
         return Arrangement(token_budget=self._budget(outlook, decodes, allowed_s), reason=text)
+
+    def _is_due(self, outlook: Outlook, decodes: Decodes, candidate: Candidate) -> bool:
+        """Whether the decodes can bear prompts beside them now."""
+        allowed_s = self._allowed_s(outlook, decodes, self._model.guarded_step_s(decodes.shape))
+        return allowed_s is None or candidate.decode_step_s <= allowed_s
 
     def _choose(self, outlook: Outlook, decodes: Decodes) -> Candidate:
         candidates = self._predict(self._sizes(outlook, decodes))
@@ -157,7 +163,7 @@ class Arbitration:
         run = StepShape(0, 0, 0).plus_chunk(sizes.run_start, sizes.run_tokens, window)
         guard = max(1.0, model.guard_ratio)
         decode_s, run_s = model.step_s(decode) * guard, model.step_s(run)
-        target_s = sizes.tpot_us / 1e6 if sizes.tpot_us else None
+        target_s = TPOT_MARGIN * sizes.tpot_us / 1e6 if sizes.tpot_us else None
         found = []
         if "mix" in self._kinds:
             found.append(self._mix(sizes, decode, decode_s, target_s, guard))
@@ -216,9 +222,9 @@ class Arbitration:
         if decodes.tightest_tpot_s is None:
             return None
         if not self._uses_slack:
-            return decodes.tightest_tpot_s
+            return TPOT_MARGIN * decodes.tightest_tpot_s
         who = (request for request in outlook.running if request.run is None)
-        allowed_s, _ = allowed_step_s(who, outlook.now, decode_s, self._remaining)
+        allowed_s, _ = allowed_step_s(who, outlook.now, decode_s, self._remaining, TPOT_MARGIN)
         return allowed_s
 
     def _budget(self, outlook: Outlook, decodes: Decodes, allowed_s: float | None) -> int:

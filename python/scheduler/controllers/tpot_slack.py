@@ -52,11 +52,12 @@ class RemainingTokens:
 
 
 def allowed_step_s(
-    decodes: Iterable[Request], now: float, decode_step_s: float, remaining: RemainingTokens
+    decodes: Iterable[Request], now: float, decode_step_s: float, remaining: RemainingTokens, margin: float = 1.0
 ) -> tuple[float | None, int]:
     """(the longest that the next step may take, requests that are too late). None: nobody who can be in time has a target.
 
     now: when the step begins. decode_step_s: of the same requests without a prompt beside them.
+    margin: of each target that is planned with.
     """
     allowed, num_late = None, 0
     horizons: dict[int, int] = {}
@@ -74,7 +75,7 @@ def allowed_step_s(
         elapsed = now - request.first_token_s
         # With a horizon of its own each request would promise the same steps to come to nobody else: the credit of all
         # is spent on the one step that is decided now, and next time counted anew.
-        most = target * (num_tokens + horizon) - elapsed - (horizon - 1) * decode_step_s
+        most = margin * target * (num_tokens + horizon) - elapsed - (horizon - 1) * decode_step_s
         if most < decode_step_s:
             num_late += 1
             continue
