@@ -1,8 +1,8 @@
 """The native lanes of an engine: one for each part of the chip that a role's plans may get.
 
 The scheduler's lanes are roles (decode, prefill) whose plans say what share of the chip they get. Here a share becomes a
-native lane: a set of cores, or a stream over some of a GPU's SMs. All of them are made at start and sleep until they get work,
-so moving the border between prefill and decode is submitting to another one. Weights, pages and rows serve all of them.
+native lane: a set of cores, or a stream over some of a GPU's SMs. All of them are made at start and sleep until they get
+work, so moving the border between prefill and decode is submitting to another one. Weights, pages and rows serve them all.
 """
 
 from __future__ import annotations
