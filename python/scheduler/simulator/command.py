@@ -13,7 +13,7 @@ from scheduler.machine import Machine
 from scheduler.policy import policy_named
 from scheduler.simulator import setup
 from scheduler.simulator.capacity import find_max_rate
-from scheduler.simulator.lanes import ModelCosts
+from scheduler.simulator.costs import ModelCosts
 from scheduler.simulator.report import Report
 from scheduler.simulator.simulation import Simulation
 from scheduler.simulator.step_log import StepLog

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scheduler.simulator.lanes import NANOSECONDS
+from scheduler.simulator.costs import NANOSECONDS
 from scheduler.simulator.step_log import StepLog
 
 # Colours that people with red-green blindness tell apart, and a mark each for print.

@@ -8,7 +8,7 @@ from typing import Any
 
 from scheduler.goodput import outcome_of
 from scheduler.machine import Machine
-from scheduler.simulator.lanes import NANOSECONDS
+from scheduler.simulator.costs import NANOSECONDS
 from scheduler.simulator.simulation import SimulationResult
 
 PERCENTS = (50, 90, 95, 99)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from scheduler.cost_model import CostModel
-from scheduler.simulator.lanes import NANOSECONDS, FinishedStep
+from scheduler.simulator.costs import NANOSECONDS
+from scheduler.simulator.lanes import FinishedStep
 from scheduler.step_shape import shape_of
 from scheduler.step_trace import StepTrace
 
