@@ -34,7 +34,7 @@ def splitfuse_token_budget(outlook: Outlook, lane: int) -> int:
     shape, start = decodes.shape, prefill.next_start
     # A prompt goes on from where it stands; one that waits, from its beginning (a cached prefix makes it cheaper).
     least_chunk = max(TILE_TOKENS, model.saturating_tokens(most, share) // 2)
-    num_tiles = _most_tiles(
+    num_tiles = most_tiles(
         lambda tiles: model.guarded_step_s(shape.plus_chunk(start, tiles * TILE_TOKENS, model.window), share),
         max(0, most - shape.num_tokens) // TILE_TOKENS, decodes.tightest_tpot_s,
     )  # fmt: skip
@@ -42,7 +42,7 @@ def splitfuse_token_budget(outlook: Outlook, lane: int) -> int:
     return min(most, shape.num_tokens + max(num_tiles * TILE_TOKENS, least_chunk))
 
 
-def _most_tiles(step_s: Callable[[int], float], most: int, limit_s: float) -> int:
+def most_tiles(step_s: Callable[[int], float], most: int, limit_s: float) -> int:
     """The largest number of tiles, 0 to most, whose step keeps the limit; step_s rises."""
     if most < 1:
         return 0

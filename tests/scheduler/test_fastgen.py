@@ -19,7 +19,7 @@ from scheduler.simulator.report import percentile
 from scheduler.simulator.setup import load_model, scheduler_config
 from scheduler.simulator.simulation import ServiceTargets
 from scheduler.simulator.traces import TraceRequest
-from scheduler.splitfuse import _most_tiles
+from scheduler.splitfuse import most_tiles
 from scheduler.step_shape import shape_of
 
 H100 = Machine.load("h100-sxm")
@@ -160,7 +160,7 @@ def test_the_search_for_a_budget_equals_trying_all(power):
                 return 1.0 + tiles**power
 
             wanted = max([tiles for tiles in range(1, most + 1) if 1.0 + tiles**power <= limit_s], default=0)
-            assert _most_tiles(step_s, most, limit_s) == wanted
+            assert most_tiles(step_s, most, limit_s) == wanted
             assert len(asked) <= 15
             if power == 1.0:
                 assert len(asked) <= 5

@@ -1,0 +1,252 @@
+"""The rule that chooses, at every boundary, how prefill and decode share the chip.
+
+Candidates, each with the prompt tokens per second that it sustains while decodes keep their TPOT:
+
+    mix       one lane, prompts cut by tokens: a step of decodes and the largest chunk that the target leaves room for
+    turns     one lane, prompts cut by operators: a step of decodes, then a part of a run as long as the rest of the target
+    P:D       two lanes, decodes on D of the chip beside runs on P, contention for memory included, at every rung of the chip
+    100:100   two lanes without a border
+
+The one that sustains most wins; the present one is left only for a gain of more than `hysteresis`. With nothing to decode,
+or no prompt, the whole chip does what there is. Within one lane the credit of those who decode decides how long the very
+next step may be (tpot_slack.py), so a burst of prompts is worked off while it hurts nobody.
+
+FastGen (mix), Layered Prefill (turns), semi-PD and Nexus (P:D) and un-partitioned lanes (100:100) are this rule with one
+kind of candidate; their own controllers are beside this one to be compared with.
+"""
+
+from __future__ import annotations
+
+from math import log2
+from typing import NamedTuple
+
+from scheduler.arrangement import DECODE_LANE, Arrangement
+from scheduler.config import SchedulerConfig
+from scheduler.controllers.tpot_slack import RemainingTokens, allowed_step_s
+from scheduler.cost_model import CostModel
+from scheduler.outlook import Decodes, Outlook
+from scheduler.request import Request
+from scheduler.splitfuse import TILE_TOKENS, most_tiles
+from scheduler.step_shape import StepShape
+
+HYSTERESIS = 0.05
+KINDS = ("mix", "turns", "split", "overlap")
+_STEPS_PER_OCTAVE = 4  # of the sizes for which candidates are predicted: neighbours differ by less than a fifth
+_MOST_KNOWN = 4096
+_REFRESH_EVERY = 2048  # decisions after which predictions are made anew: the cost model learns
+_LOOK_AHEAD = 8  # prompts that stand for those to come
+
+
+class Candidate(NamedTuple):
+    kind: str
+    prefill_share: float  # 0: one lane
+    decode_share: float
+    prompt_tokens_per_s: float  # sustained, while the decodes keep their target
+    decode_step_s: float
+
+
+class _Sizes(NamedTuple):
+    """What predictions are made for, rounded."""
+
+    num_decodes: int
+    context: int  # tokens that a decode sees
+    run_tokens: int  # of the prompts that would go together
+    run_start: int
+    tpot_us: int
+
+
+class Arbitration:
+    """kinds: the candidates that may be chosen."""
+
+    def __init__(
+        self, config: SchedulerConfig, cost_model: CostModel | None, *, kinds: tuple[str, ...] = KINDS,
+        hysteresis: float = HYSTERESIS, uses_slack: bool = True,
+    ) -> None:  # fmt: skip
+        self._config = config
+        self._model = cost_model
+        self._kinds = kinds
+        self._hysteresis = hysteresis
+        self._uses_slack = uses_slack
+        self._remaining = RemainingTokens()
+        self._present: Candidate | None = None
+        self._known: dict[_Sizes, tuple[Candidate, ...]] = {}
+        self._num_decisions = 0
+        has_lanes = config.lanes == "auto"
+        self._splits = [(rung, 1.0 - rung) for rung in config.rungs] if has_lanes and "split" in kinds else []
+        if has_lanes and "overlap" in kinds:
+            self._splits.append((1.0, 1.0))
+        self._least_tokens = 0
+        if cost_model is not None:
+            self._least_tokens = max(TILE_TOKENS, cost_model.saturating_tokens(config.max_num_batched_tokens) // 2)
+
+    # What it hears
+
+    def hear_first_token(self, request: Request, now: float) -> None:
+        pass
+
+    def hear_finished(self, request: Request, now: float) -> None:
+        if request.finish_reason in ("stop", "length"):
+            self._remaining.add(request.num_output_tokens)
+
+    # What it decides
+
+    def arrange(self, outlook: Outlook) -> Arrangement:
+        model = self._model
+        if model is None:
+            return Arrangement(reason="no calibrated machine: one lane, the policy's budget")
+        if not outlook.has_prefill():
+            return Arrangement(reason="no prompt: the whole chip decodes")
+        decodes = outlook.decodes(DECODE_LANE)
+        if decodes.shape.num_tokens == 0:
+            # Whole runs, which an arrival that ranks before them can pause.
+            return Arrangement(granularity="operator", token_budget=self._config.max_num_batched_tokens,
+                               reason="no decode: the whole chip takes prompts")  # fmt: skip
+        candidate = self._choose(outlook, decodes)
+        rate, num = candidate.prompt_tokens_per_s, decodes.shape.num_tokens
+        text = f"{_name(candidate)}: {rate:.0f} prompt tokens/s beside {num} decodes"
+        if candidate.prefill_share:
+            return Arrangement(candidate.prefill_share, candidate.decode_share, "operator", reason=text)
+        decode_s = model.guarded_step_s(decodes.shape)
+        allowed_s = self._allowed_s(outlook, decodes, decode_s)
+        if candidate.kind == "turns":
+            room_s = 1e9 if allowed_s is None else max(allowed_s - decode_s, 0.0)
+            return Arrangement(granularity="operator", segment_s=max(room_s, 1e-6), reason=text)
+        return Arrangement(token_budget=self._budget(outlook, decodes, allowed_s), reason=text)
+
+    def _choose(self, outlook: Outlook, decodes: Decodes) -> Candidate:
+        candidates = self._predict(self._sizes(outlook, decodes))
+        best = max(candidates, key=lambda candidate: candidate.prompt_tokens_per_s)
+        present = self._present
+        if present is not None:
+            same = next((each for each in candidates if each[:3] == present[:3]), None)
+            if same is not None and best.prompt_tokens_per_s <= same.prompt_tokens_per_s * (1.0 + self._hysteresis):
+                best = same
+        self._present = best
+        return best
+
+    def _sizes(self, outlook: Outlook, decodes: Decodes) -> _Sizes:
+        shape = decodes.shape
+        most, num_tokens, start = self._config.max_num_batched_tokens, 0, 0
+        for run in outlook.runs:
+            num_tokens, start = num_tokens + run.num_tokens, run.lead.next_start - run.num_tokens
+        for request in outlook.prefills(_LOOK_AHEAD):
+            if num_tokens >= most:
+                break
+            num_tokens += request.num_expected_tokens - request.next_start
+            start = max(start, request.next_start)
+        tpot_s = decodes.tightest_tpot_s
+        return _Sizes(
+            _rounded(shape.num_tokens), _rounded(shape.decode_kv_tokens / shape.num_tokens),
+            _rounded(min(max(num_tokens, 1), most)), _rounded(max(start, 0)), round(tpot_s * 1e6) if tpot_s else 0,
+        )  # fmt: skip
+
+    def _predict(self, sizes: _Sizes) -> tuple[Candidate, ...]:
+        self._num_decisions += 1
+        if self._num_decisions % _REFRESH_EVERY == 0 or len(self._known) >= _MOST_KNOWN:
+            self._known.clear()
+        known = self._known.get(sizes)
+        if known is None:
+            known = self._known[sizes] = tuple(self._candidates(sizes))
+        return known
+
+    def _candidates(self, sizes: _Sizes) -> list[Candidate]:
+        model, window = self._model, self._model.window
+        num, context = sizes.num_decodes, sizes.context
+        seen = min(context, window) if window else context
+        decode = StepShape(num, num, num, num, num * context, window_decode_kv_tokens=num * seen)
+        run = StepShape(0, 0, 0).plus_chunk(sizes.run_start, sizes.run_tokens, window)
+        guard = max(1.0, model.guard_ratio)
+        decode_s, run_s = model.step_s(decode) * guard, model.step_s(run)
+        target_s = sizes.tpot_us / 1e6 if sizes.tpot_us else None
+        found = []
+        if "mix" in self._kinds:
+            found.append(self._mix(sizes, decode, decode_s, target_s, guard))
+        if "turns" in self._kinds or not found:
+            # In turns prompts have what decode steps leave of every target.
+            free = 0.5 if target_s is None else max(0.0, 1.0 - decode_s / target_s)
+            found.append(Candidate("turns", 0.0, 1.0, free * sizes.run_tokens / run_s, decode_s))
+        for prefill_share, decode_share in self._splits:
+            found.append(self._split(sizes, decode, run, prefill_share, decode_share, target_s, guard))
+        return found
+
+    def _mix(
+        self, sizes: _Sizes, decode: StepShape, decode_s: float, target_s: float | None, guard: float
+    ) -> Candidate:
+        """The rate of the largest chunk that fits; where even the least that is worth its step does not, it goes once in
+        so many steps of decodes as pay for it."""
+        model, window = self._model, self._model.window
+        most = max(TILE_TOKENS, self._config.max_num_batched_tokens - decode.num_tokens)
+
+        def step_s(num_tokens: int) -> float:
+            return model.step_s(decode.plus_chunk(sizes.run_start, num_tokens, window)) * guard
+
+        if target_s is None:
+            whole = min(most, sizes.run_tokens)
+            return Candidate("mix", 0.0, 1.0, whole / step_s(whole), step_s(whole))
+        if self._uses_slack:
+            # Bursts: a large chunk now and then, decodes alone between them.
+            whole = min(most, max(sizes.run_tokens, self._least_tokens))
+            burst_s = step_s(whole)
+            free = max(0.0, (target_s - decode_s) / max(burst_s - decode_s, 1e-9))  # bursts a step
+            burst_rate = min(1.0, free) * whole / (target_s if free < 1.0 else burst_s)
+        else:
+            burst_rate = 0.0
+        num_tiles = most_tiles(lambda tiles: step_s(tiles * TILE_TOKENS), most // TILE_TOKENS, target_s)
+        num_tokens = num_tiles * TILE_TOKENS
+        steady_rate = num_tokens / step_s(num_tokens) if num_tokens else 0.0
+        return Candidate("mix", 0.0, 1.0, max(steady_rate, burst_rate), decode_s)
+
+    def _split(
+        self, sizes: _Sizes, decode: StepShape, run: StepShape, prefill_share: float, decode_share: float,
+        target_s: float | None, guard: float,
+    ) -> Candidate:  # fmt: skip
+        model = self._model
+        total = max(1.0, prefill_share + decode_share)  # shares that overlap are shared out
+        decode_cost = model.step_cost(decode, decode_share / total)
+        run_cost = model.step_cost(run, prefill_share / total)
+        decode_s = decode_cost.duration_s(run_cost.demand_bytes_per_s) * guard
+        rate = sizes.run_tokens / run_cost.duration_s(decode_cost.demand_bytes_per_s)
+        if target_s is not None and decode_s > target_s:
+            # Only part of the time, the rest of which the whole chip decodes.
+            alone_s = model.step_s(decode) * guard
+            rate *= max(0.0, target_s - alone_s) / max(decode_s - alone_s, 1e-9) if alone_s < decode_s else 0.0
+        return Candidate("overlap" if total > 1.0 else "split", prefill_share, decode_share, rate, decode_s)
+
+    def _allowed_s(self, outlook: Outlook, decodes: Decodes, decode_s: float) -> float | None:
+        if decodes.tightest_tpot_s is None:
+            return None
+        if not self._uses_slack:
+            return decodes.tightest_tpot_s
+        who = (request for request in outlook.running if request.run is None)
+        allowed_s, _ = allowed_step_s(who, outlook.now, decode_s, self._remaining)
+        return allowed_s
+
+    def _budget(self, outlook: Outlook, decodes: Decodes, allowed_s: float | None) -> int:
+        """Tokens of the next step: a chunk as large as the time allows, none where that is not worth a step."""
+        model, shape, most = self._model, decodes.shape, self._config.max_num_batched_tokens
+        prefill = outlook.first_prefill(DECODE_LANE)
+        if allowed_s is None or prefill is None:
+            return most
+        start, window, guard = prefill.next_start, model.window, max(1.0, model.guard_ratio)
+        num_tiles = most_tiles(
+            lambda tiles: model.step_s(shape.plus_chunk(start, tiles * TILE_TOKENS, window)) * guard,
+            max(0, most - shape.num_tokens) // TILE_TOKENS, allowed_s,
+        )  # fmt: skip
+        num_tokens = num_tiles * TILE_TOKENS
+        pending = prefill.num_expected_tokens - prefill.next_start
+        if num_tokens < min(self._least_tokens, pending) and self._uses_slack:
+            num_tokens = 0  # credit grows until a chunk is worth it
+        return shape.num_tokens + num_tokens
+
+
+def _rounded(value: float) -> int:
+    """To the nearest of a few sizes an octave; 0 stays 0."""
+    if value < 1:
+        return 0
+    return round(2.0 ** (round(log2(value) * _STEPS_PER_OCTAVE) / _STEPS_PER_OCTAVE))
+
+
+def _name(candidate: Candidate) -> str:
+    if candidate.prefill_share:
+        return f"{candidate.prefill_share * 100:.0f}:{candidate.decode_share * 100:.0f}"
+    return candidate.kind
