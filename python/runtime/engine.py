@@ -113,7 +113,11 @@ class Engine:
 
     def describe(self) -> list[str]:
         """What was granted, in lines for a banner."""
-        return [f"KV pool   {self._runner.kv_plan.describe()}", f"kernels   {self.config.kernels}"]
+        return [
+            f"KV pool   {self._runner.kv_plan.describe()}",
+            f"kernels   {self.config.kernels}",
+            f"lanes     {self._runner.bank.describe()}",
+        ]
 
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Waits until no request is queued or running."""
@@ -194,8 +198,9 @@ class Engine:
         return result
 
     def _observe(self, completion: dict, plan) -> None:
-        """The cost model hears what a step took."""
-        if not completion["was_stopped"] and plan.node_range is None:
+        """The cost model hears what a step took that ran whole and alone."""
+        is_whole = plan.node_range is None and not completion["was_stopped"]
+        if is_whole and self._scheduler.config.num_lanes == 1:
             seconds = (completion["end_ns"] - completion["start_ns"]) / 1e9
             self._cost_model.observe(shape_of(plan.requests, self._cost_model.window), seconds, plan.share)
 
@@ -251,6 +256,9 @@ class Engine:
                     self._sampling[admission.request_id],
                 )
             self._runner.launch(plan)
+        orders = self._scheduler.take_orders()
+        if orders:
+            self._runner.carry_out(orders)
 
     def _take_outputs(self, deltas: list[Delta], logprobs: dict) -> None:
         num_prompt_tokens, wants_logprobs = self._num_prompt_tokens, self._logprob_requests

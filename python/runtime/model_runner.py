@@ -2,17 +2,21 @@
 
 The engine thread alone calls this. A plan becomes a prepared frame and one submitted range; its completion becomes
 a LaneResult. While plan i runs, plan i+1 may be prepared and queued: it names rows, and the tokens it starts from
-are read from those rows when its first node runs.
+are read from those rows when its first node runs. Between two parts of a run its frame rests here.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime import _native
+from runtime.lane_bank import LaneBank
 from runtime.messages import TokenLogprobs
-from scheduler.step import LanePlan, LaneResult
+from runtime.run_frames import RunFrames
+from scheduler.step import DropRun, LanePlan, LaneResult, Order
 
 # Frames rest in a ring: one running, one queued behind it, one whose results are being read.
 FRAMES_PER_LANE = 3
@@ -24,7 +28,9 @@ class _Flight:
 
     plan: LanePlan
     frame: object
-    lane: object
+    lane: object  # native
+    ticket: int = 0  # 0: held back until the plans before it, on another native lane, have ended
+    is_pausing: bool = False
 
 
 class ModelRunner:
@@ -32,9 +38,9 @@ class ModelRunner:
 
     def __init__(
         self, program, kv_plan, device, *, vocab_size: int, max_num_seqs: int, max_num_batched_tokens: int,
-        lanes: list, completions, is_traced: bool = False,
+        bank: LaneBank, completions, max_resting_runs: int = 0,
     ):  # fmt: skip
-        """``device``: of the program (runtime.devices). ``lanes``: its lanes, which report to ``completions``."""
+        """``device``: of the program (runtime.devices). ``bank``: its lanes, which report to ``completions``."""
         self.program = program
         self.kv_plan = kv_plan
         self.completions = completions
@@ -42,17 +48,20 @@ class ModelRunner:
         self.rows = device.row_store(
             max_num_seqs, kv_plan.max_model_len, kv_plan.num_groups, kv_plan.page_size, vocab_size
         )
-        self.lanes = lanes
-        for lane in self.lanes:
-            lane.set_tracing(is_traced)
-        self._new_frame = lambda: _native.Frame(program, self.arena, self.rows, max_num_batched_tokens, max_num_seqs)
-        self._free_frames = [self._new_frame() for _ in range(FRAMES_PER_LANE * len(self.lanes))]
-        self._flights: dict[tuple[int, int], _Flight] = {}  # (lane, ticket) ->
+        self.bank = bank
+        self._frame_sizes = (max_num_batched_tokens, max_num_seqs)
+        at_start = FRAMES_PER_LANE * bank.num_roles
+        self._frames = RunFrames(self._new_frame, at_start, at_start + max_resting_runs)
+        # Plans of each role in flight, oldest first.
+        self._flights: list[deque[_Flight]] = [deque() for _ in range(bank.num_roles)]
+
+    def _new_frame(self):
+        return _native.Frame(self.program, self.arena, self.rows, *self._frame_sizes)
 
     def capture_graphs(self) -> None:
         """Captures every lane's decode graphs; returns when they are there. Raises RuntimeError with what failed."""
         frame = self._new_frame()  # one that holds no step
-        for lane in self.lanes:
+        for lane in self.bank.native_lanes:
             lane.capture_graphs(frame)
             while not (completions := self.completions.wait_any(-1.0)):
                 pass
@@ -61,7 +70,7 @@ class ModelRunner:
 
     @property
     def num_in_flight(self) -> int:
-        return len(self._flights)
+        return sum(len(flights) for flights in self._flights)
 
     def check_sampling(self, sampling) -> None:
         """Raises ValueError for native sampling parameters that the device does not take."""
@@ -72,7 +81,18 @@ class ModelRunner:
         self.rows.admit(row, array("i", token_ids), num_prompt_tokens, sampling)
 
     def launch(self, plan: LanePlan) -> None:
-        """Prepares a frame for the plan and queues it on its lane. Raises ValueError when the plan is malformed."""
+        """Prepares a frame for the plan, or takes the one of its run, and queues it on the lane of its share. Raises
+        ValueError when the plan is malformed."""
+        frame = self._frames.resume(plan.continues) if plan.continues else self._prepared_frame(plan)
+        flight = _Flight(plan, frame, self.bank.lane(plan.lane, plan.share))
+        flights = self._flights[plan.lane]
+        # Plans of a role follow each other, also when the border has moved: what one native lane runs is over before
+        # another begins.
+        if not flights or (flights[-1].ticket and flights[-1].lane is flight.lane):
+            self._submit(flight)
+        flights.append(flight)
+
+    def _prepared_frame(self, plan: LanePlan):
         num_arena_pages = self.kv_plan.num_pages
         for reset in plan.resets:
             for group, pages in enumerate(reset.pages):
@@ -83,31 +103,64 @@ class ModelRunner:
                 if pages:
                     self.rows.append_pages(scheduled.row, group, pages, num_arena_pages)
             quadruples.extend((scheduled.row, scheduled.start, scheduled.num_tokens, scheduled.samples))
-        frame = self._free_frames.pop()
+        frame = self._frames.take()
         try:
             frame.prepare(quadruples, [(copy.source_page, copy.target_page) for copy in plan.copies])
-            first, last = plan.node_range or (0, self.program.num_nodes)
-            lane = self.lanes[plan.lane]
-            ticket = lane.submit(frame, first, last)
         except Exception:
-            self._free_frames.append(frame)
+            self._frames.give_back(frame)
             raise
-        self._flights[plan.lane, ticket] = _Flight(plan, frame, lane)
+        return frame
+
+    def _submit(self, flight: _Flight) -> None:
+        first, last = flight.plan.node_range or (0, self.program.num_nodes)
+        flight.ticket = flight.lane.submit(flight.frame, first, last)
+        if flight.is_pausing:
+            flight.lane.request_stop(flight.ticket)
+
+    def carry_out(self, orders: Sequence[Order]) -> None:
+        """Pauses plans in flight, frees the frames of runs that will not go on."""
+        for order in orders:
+            if isinstance(order, DropRun):
+                self._frames.drop(order.run_id)
+                continue
+            for flight in self._flights[order.lane]:
+                if flight.plan.plan_id == order.plan_id:
+                    flight.is_pausing = True
+                    if flight.ticket:
+                        flight.lane.request_stop(flight.ticket)
 
     def finish(self, completion: dict, wants_logprobs) -> tuple[LaneResult, dict[str, TokenLogprobs], LanePlan]:
         """A completion's plan and result. ``wants_logprobs(request_id)`` tells whose log probabilities to read."""
-        flight = self._flights.pop((completion["lane"], completion["ticket"]))
+        role = self.bank.role_of(completion["lane"])
+        flights = self._flights[role]
+        flight = flights.popleft()
+        if flight.ticket != completion["ticket"]:
+            raise RuntimeError(f"lane {role}: ticket {completion['ticket']} came before {flight.ticket}")
+        self._submit_held(flights)
         plan, frame = flight.plan, flight.frame
         logprobs: dict[str, TokenLogprobs] = {}
         if completion["error"]:
             failed = tuple((scheduled.request_id, completion["error"]) for scheduled in plan.requests)
-            result = LaneResult(plan.plan_id, plan.lane, (), failed)
-        else:
-            sampling = [scheduled.request_id for scheduled in plan.requests if scheduled.samples]
-            result = LaneResult(plan.plan_id, plan.lane, tuple(zip(sampling, frame.sampled_tokens(), strict=True)))
-            for logit_row, request_id in enumerate(sampling):
-                if wants_logprobs(request_id):
-                    token, logprob, rank, top = frame.sampled_logprobs(logit_row)
-                    logprobs[request_id] = TokenLogprobs(token, logprob, rank, tuple(top))
-        self._free_frames.append(frame)
+            self._frames.give_back(frame)
+            return LaneResult(plan.plan_id, plan.lane, (), failed), logprobs, plan
+        if completion["cursor"] < self.program.num_nodes:
+            self._frames.rest(plan.run_id, frame)
+            cursor = completion["cursor"] if completion["was_stopped"] else None
+            return LaneResult(plan.plan_id, plan.lane, cursor=cursor), logprobs, plan
+        sampling = [scheduled.request_id for scheduled in plan.requests if scheduled.samples]
+        result = LaneResult(plan.plan_id, plan.lane, tuple(zip(sampling, frame.sampled_tokens(), strict=True)))
+        for logit_row, request_id in enumerate(sampling):
+            if wants_logprobs(request_id):
+                token, logprob, rank, top = frame.sampled_logprobs(logit_row)
+                logprobs[request_id] = TokenLogprobs(token, logprob, rank, tuple(top))
+        self._frames.give_back(frame)
         return result, logprobs, plan
+
+    def _submit_held(self, flights: deque[_Flight]) -> None:
+        """Plans behind one that has ended, as far as they go to the same native lane."""
+        for before, flight in zip((None, *flights), flights, strict=False):
+            if flight.ticket:
+                continue
+            if before is not None and not (before.ticket and before.lane is flight.lane):
+                return
+            self._submit(flight)
