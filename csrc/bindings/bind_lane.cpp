@@ -55,6 +55,10 @@ void register_lanes(py::module_& module) {
           "Sleeps without the GIL until a range finishes or notify() is called; negative: no time limit. Returns "
           "dicts: ticket, lane, first_node, cursor, was_stopped, error, start_ns, end_ns, spans [(node, start, end)].");
 
+  py::class_<RangeSignal, std::shared_ptr<RangeSignal>>(module, "RangeSignal", "The end of a submitted range.")
+      .def_property_readonly("has_ended",
+                             [](const RangeSignal& signal) { return signal.state() != RangeSignal::State::kPending; });
+
   py::class_<Lane, std::shared_ptr<Lane>>(module, "Lane", "An ordered queue of work on a set of cores.")
       .def(py::init<int, std::vector<int>, int, std::shared_ptr<CompletionQueue>>(), py::arg("lane_idx"),
            py::arg("cores"), py::arg("num_workers"), py::arg("completions"))
@@ -63,13 +67,24 @@ void register_lanes(py::module_& module) {
       .def_property_readonly("cores", &Lane::cores)
       .def(
           "submit",
-          [](Lane& lane, const std::shared_ptr<Frame>& frame, int first, int last) {
+          [](Lane& lane, const std::shared_ptr<Frame>& frame, int first, int last, RangeSignals after) {
             auto on_cpu = std::dynamic_pointer_cast<CpuFrame>(frame);
             PARTITA_CHECK(on_cpu != nullptr, "frame: got a GPU's, wanted one of this lane's device");
-            return lane.submit(std::move(on_cpu), first, last);
+            return lane.submit(std::move(on_cpu), first, last, std::move(after));
           },
-          py::arg("frame"), py::arg("first_node"), py::arg("last_node"),
-          "Queues nodes [first_node, last_node) of the frame; returns a ticket at once.")
+          py::arg("frame"), py::arg("first_node"), py::arg("last_node"), py::arg("after") = RangeSignals{},
+          "Queues nodes [first_node, last_node) of the frame; returns a ticket at once. It starts when all the ranges "
+          "have ended whose signals `after` lists, and fails when one of them did.")
+      .def(
+          "submit_with_signal",
+          [](Lane& lane, const std::shared_ptr<Frame>& frame, int first, int last, RangeSignals after) {
+            auto on_cpu = std::dynamic_pointer_cast<CpuFrame>(frame);
+            PARTITA_CHECK(on_cpu != nullptr, "frame: got one of another device, wanted one of this lane's");
+            const uint64_t ticket = lane.submit(on_cpu, first, last, std::move(after));
+            return py::make_tuple(ticket, on_cpu->last_claimed);
+          },
+          py::arg("frame"), py::arg("first_node"), py::arg("last_node"), py::arg("after") = RangeSignals{},
+          "As submit; returns (ticket, signal of the range's end).")
       .def("request_stop", &Lane::request_stop, py::arg("ticket"),
            "Asks a range to stop before its next node; the frame's cursor tells where it rests.")
       .def("set_tracing", &Lane::set_tracing, py::arg("on"));
@@ -94,12 +109,23 @@ void register_lanes(py::module_& module) {
       .def_property_readonly("num_graph_steps", &GpuLane::num_graph_steps, "Steps that replayed one.")
       .def(
           "submit",
-          [](GpuLane& lane, const std::shared_ptr<Frame>& frame, int first, int last) {
+          [](GpuLane& lane, const std::shared_ptr<Frame>& frame, int first, int last, RangeSignals after) {
             auto on_gpu = std::dynamic_pointer_cast<GpuFrame>(frame);
             PARTITA_CHECK(on_gpu != nullptr, "frame: got the CPU's, wanted one of this lane's device");
-            return lane.submit(std::move(on_gpu), first, last);
+            return lane.submit(std::move(on_gpu), first, last, std::move(after));
           },
-          py::arg("frame"), py::arg("first_node"), py::arg("last_node"), "As Lane.submit.")
+          py::arg("frame"), py::arg("first_node"), py::arg("last_node"), py::arg("after") = RangeSignals{},
+          "As Lane.submit.")
+      .def(
+          "submit_with_signal",
+          [](GpuLane& lane, const std::shared_ptr<Frame>& frame, int first, int last, RangeSignals after) {
+            auto on_gpu = std::dynamic_pointer_cast<GpuFrame>(frame);
+            PARTITA_CHECK(on_gpu != nullptr, "frame: got one of another device, wanted one of this lane's");
+            const uint64_t ticket = lane.submit(on_gpu, first, last, std::move(after));
+            return py::make_tuple(ticket, on_gpu->last_claimed);
+          },
+          py::arg("frame"), py::arg("first_node"), py::arg("last_node"), py::arg("after") = RangeSignals{},
+          "As submit; returns (ticket, signal of the range's end).")
       .def("request_stop", &GpuLane::request_stop, py::arg("ticket"),
            "Asks a range to stop before the next node that is not launched yet.")
       .def(

@@ -37,7 +37,7 @@ void Frame::clear_step() {
 }
 
 void Frame::prepare(const std::vector<StepRow>& step_rows, const std::vector<PageCopyPair>& copies, bool score_all) {
-  PARTITA_CHECK(!is_busy.load(), "frame: prepare() while a submitted range is not finished");
+  PARTITA_CHECK(num_ranges.load() == 0, "frame: prepare() while a submitted range is not finished");
   clear_step();
   score_all_ = score_all;
   const int page_size = arena_->page_size();
@@ -87,6 +87,7 @@ void Frame::prepare(const std::vector<StepRow>& step_rows, const std::vector<Pag
 
   build_step();
   set_cursor(0);
+  last_claimed.reset();
 }
 
 void Frame::set_input_embeddings(const float* embeddings, int64_t num_tokens, int64_t hidden_size) {
@@ -95,14 +96,26 @@ void Frame::set_input_embeddings(const float* embeddings, int64_t num_tokens, in
   input_embeddings_.assign(embeddings, embeddings + num_tokens * hidden_size);
 }
 
-void claim_range(Frame& frame, int first, int last) {
+std::shared_ptr<RangeSignal> claim_range(Frame& frame, int first, int last, const RangeSignals& after) {
   const int num_nodes = frame.program().num_nodes();
   PARTITA_CHECK(first >= 0 && first < last && last <= num_nodes, "nodes: got ", first, " to ", last,
                 ", wanted a non-empty range within 0 to ", num_nodes);
   PARTITA_CHECK(frame.num_tokens() > 0, "frame: submitted before prepare()");
-  PARTITA_CHECK(first == frame.cursor(), "first: got node ", first, ", wanted the frame's cursor, node ",
-                frame.cursor());
-  PARTITA_CHECK(!frame.is_busy.exchange(true), "frame: submitted while an earlier range of it is not finished");
+  for (const auto& signal : after) PARTITA_CHECK(signal != nullptr, "after: got none for a range, wanted its signal");
+  const bool is_chained = std::find(after.begin(), after.end(), frame.last_claimed) != after.end();
+  if (frame.num_ranges.load() > 0) {
+    PARTITA_CHECK(is_chained, "frame: submitted while an earlier range of it is not finished, and not after it");
+    PARTITA_CHECK(first == frame.claimed_end, "first: got node ", first,
+                  ", wanted the end of the range before it, node ", frame.claimed_end);
+  } else if (!is_chained) {  // what it comes after may have ended, well or not: then the lane sees where the frame
+                             // rests
+    PARTITA_CHECK(first == frame.cursor(), "first: got node ", first, ", wanted the frame's cursor, node ",
+                  frame.cursor());
+  }
+  frame.num_ranges.fetch_add(1);
+  frame.claimed_end = last;
+  frame.last_claimed = std::make_shared<RangeSignal>();
+  return frame.last_claimed;
 }
 
 }  // namespace partita

@@ -9,6 +9,7 @@
 
 #include "program/kv_arena.h"
 #include "program/program.h"
+#include "program/range_signal.h"
 #include "program/row_store.h"
 
 namespace partita {
@@ -72,8 +73,11 @@ class Frame {
 
   int cursor() const { return cursor_.load(std::memory_order_acquire); }  // next node to run
   void set_cursor(int node) { cursor_.store(node, std::memory_order_release); }
-  // A range is running or queued; prepare() and a second submit are refused meanwhile.
-  std::atomic<bool> is_busy{false};
+  // Ranges that are running or queued; prepare() is refused meanwhile.
+  std::atomic<int> num_ranges{0};
+  // The submitting thread's: where the next range must begin, and the end of the last one queued (null: none was).
+  int claimed_end = 0;
+  std::shared_ptr<RangeSignal> last_claimed;
 
  protected:
   Frame(std::shared_ptr<const Program> program, std::shared_ptr<KvArena> arena, std::shared_ptr<RowStore> rows,
@@ -102,8 +106,9 @@ class Frame {
   std::atomic<int> cursor_{0};
 };
 
-// A range is about to run: throws ValueError when it is empty, does not begin at the frame's cursor, or the frame is
-// unprepared or busy; marks the frame busy.
-void claim_range(Frame& frame, int first, int last);
+// A range is about to be queued: throws ValueError when it is empty or does not begin where the frame rests, or the
+// frame is unprepared. While earlier ranges of the frame are queued or running it must begin where the last of them
+// ends and come after it: `after` names that one's end. Counts the range; returns its signal.
+std::shared_ptr<RangeSignal> claim_range(Frame& frame, int first, int last, const RangeSignals& after);
 
 }  // namespace partita

@@ -19,8 +19,15 @@ constexpr double kPlainLaunchSeconds = 5e-6;
 class GpuLaneExecution {
  public:
   GpuLaneExecution(std::shared_ptr<Gpu> gpu, uint64_t ticket, std::shared_ptr<GpuFrame> frame, int first, int last,
-                   bool is_traced)
-      : ticket(ticket), frame(std::move(frame)), first(first), last(last), is_traced(is_traced), gpu_(std::move(gpu)) {}
+                   bool is_traced, RangeSignals after, std::shared_ptr<RangeSignal> signal)
+      : ticket(ticket),
+        frame(std::move(frame)),
+        first(first),
+        last(last),
+        is_traced(is_traced),
+        after(std::move(after)),
+        signal(std::move(signal)),
+        gpu_(std::move(gpu)) {}
   ~GpuLaneExecution() {
     for (GpuEvent event : events_) gpu_->destroy_event(event);
   }
@@ -41,6 +48,8 @@ class GpuLaneExecution {
   const std::shared_ptr<GpuFrame> frame;
   const int first, last;
   const bool is_traced;
+  const RangeSignals after;
+  const std::shared_ptr<RangeSignal> signal;
   std::atomic<bool> stop_requested{false};
 
   // The launching thread's, then the finishing one's.
@@ -86,11 +95,11 @@ GpuLane::~GpuLane() {
   if (owns_stream_) gpu_->destroy_stream(options_.stream);
 }
 
-uint64_t GpuLane::submit(std::shared_ptr<GpuFrame> frame, int first, int last) {
+uint64_t GpuLane::submit(std::shared_ptr<GpuFrame> frame, int first, int last, RangeSignals after) {
   PARTITA_CHECK(frame != nullptr, "frame: got none");
   PARTITA_CHECK(frame->program().gpu() == gpu_, "frame: its program is of another device than the lane");
-  claim_range(*frame, first, last);
-  return enqueue(std::move(frame), first, last);
+  std::shared_ptr<RangeSignal> signal = claim_range(*frame, first, last, after);
+  return enqueue(std::move(frame), first, last, std::move(after), std::move(signal));
 }
 
 uint64_t GpuLane::capture_graphs(std::shared_ptr<GpuFrame> frame) {
@@ -98,17 +107,19 @@ uint64_t GpuLane::capture_graphs(std::shared_ptr<GpuFrame> frame) {
   PARTITA_CHECK(frame->program().gpu() == gpu_, "frame: its program is of another device than the lane");
   PARTITA_CHECK(options_.max_graph_rows > 0, "capture_graphs: the lane was made without graphs");
   PARTITA_CHECK(frame->num_tokens() == 0, "frame: got one with a step, wanted one without");
-  PARTITA_CHECK(!frame->is_busy.exchange(true), "frame: is busy");
-  return enqueue(std::move(frame), 0, 0);
+  PARTITA_CHECK(frame->num_ranges.load() == 0, "frame: is busy");
+  frame->num_ranges.fetch_add(1);
+  return enqueue(std::move(frame), 0, 0, {}, std::make_shared<RangeSignal>());
 }
 
-uint64_t GpuLane::enqueue(std::shared_ptr<GpuFrame> frame, int first, int last) {
+uint64_t GpuLane::enqueue(std::shared_ptr<GpuFrame> frame, int first, int last, RangeSignals after,
+                          std::shared_ptr<RangeSignal> signal) {
   uint64_t ticket;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     ticket = ++num_submitted_;
-    queue_.push_back(
-        std::make_shared<GpuLaneExecution>(gpu_, ticket, std::move(frame), first, last, is_tracing_.load()));
+    queue_.push_back(std::make_shared<GpuLaneExecution>(gpu_, ticket, std::move(frame), first, last, is_tracing_.load(),
+                                                        std::move(after), std::move(signal)));
   }
   submitted_.notify_one();
   return ticket;
@@ -141,11 +152,15 @@ void GpuLane::launch_loop() {
     execution->launched_ns = monotonic_ns();
     execution->cursor = execution->first;
     try {
+      wait_for_turn(*execution);
       launch(*execution);
     } catch (const std::exception& error) {
       // As on the CPU: the range is over, and its error says which node it was.
       if (execution->error.empty()) execution->error = error.what();
-      execution->cursor = execution->last;
+      if (execution->error == kBrokenBefore)
+        execution->cursor = execution->first;
+      else
+        execution->cursor = execution->last;
     }
     try {
       execution->end = execution->mark(options_.stream);
@@ -159,6 +174,15 @@ void GpuLane::launch_loop() {
     launched_.notify_one();
   }
   launched_.notify_one();
+}
+
+// The launcher waits until what the range comes after has ended on the device: correct everywhere, at the price of a
+// gap of some microseconds that an event between the streams would not have. That needs the other lane's launches to be
+// seen first; to be done when a GPU shows what it is worth.
+void GpuLane::wait_for_turn(GpuLaneExecution& execution) {
+  const auto is_wanted = [&] { return !execution.stop_requested.load(); };
+  if (wait_for_all(execution.after, is_wanted) || execution.stop_requested.load()) return;
+  throw std::runtime_error(kBrokenBefore);
 }
 
 // Waits until fewer than launch_ahead launches are not done.
@@ -359,7 +383,8 @@ void GpuLane::finish(GpuLaneExecution& execution) {
     const std::lock_guard<std::mutex> lock(mutex_);
     in_flight_.pop_front();
   }
-  frame.is_busy.store(false);
+  frame.num_ranges.fetch_sub(1);
+  execution.signal->end(completion.error.empty() && !completion.was_stopped);
   completions_->push(std::move(completion));
 }
 

@@ -45,7 +45,7 @@ class GpuLane {
   int64_t num_graph_steps() const { return num_graph_steps_.load(); }  // steps that replayed one
 
   // As Lane's. A stop takes effect before the next node that is not launched yet.
-  uint64_t submit(std::shared_ptr<GpuFrame> frame, int first, int last);
+  uint64_t submit(std::shared_ptr<GpuFrame> frame, int first, int last, RangeSignals after = {});
   void request_stop(uint64_t ticket);
   // Queues the capture of every row bucket's decode graph, for greedy rows and for rows that draw, as steps of nothing
   // but padding in this frame's staging block; otherwise a graph is captured when a step first wants it. Its completion
@@ -66,7 +66,9 @@ class GpuLane {
   void prepare_graph_memory(const GpuFrame& frame);
   void capture_all(GpuLaneExecution& execution);
   void capture(GpuLaneExecution& execution, const GpuRun& run, const GraphKey& key);
-  uint64_t enqueue(std::shared_ptr<GpuFrame> frame, int first, int last);
+  uint64_t enqueue(std::shared_ptr<GpuFrame> frame, int first, int last, RangeSignals after,
+                   std::shared_ptr<RangeSignal> signal);
+  void wait_for_turn(GpuLaneExecution& execution);
   void reserve_launch();
   void finish(GpuLaneExecution& execution);
 

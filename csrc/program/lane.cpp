@@ -37,8 +37,31 @@ struct alignas(64) Stage {
 
 class LaneExecution {
  public:
-  LaneExecution(uint64_t ticket, std::shared_ptr<CpuFrame> frame, int first, int last, bool is_traced)
-      : ticket(ticket), frame(std::move(frame)), first(first), last(last), is_traced(is_traced) {}
+  LaneExecution(uint64_t ticket, std::shared_ptr<CpuFrame> frame, int first, int last, bool is_traced,
+                RangeSignals after, std::shared_ptr<RangeSignal> signal)
+      : ticket(ticket),
+        frame(std::move(frame)),
+        first(first),
+        last(last),
+        is_traced(is_traced),
+        after(std::move(after)),
+        signal(std::move(signal)) {}
+
+  // Returns once all that the range comes after have ended; false: one of them did not end well, and neither does this.
+  // A worker that waits keeps its core: what it waits for runs on other cores, or did on this lane.
+  bool wait_for_turn() {
+    if (!wait_for_all(after, [this] { return !stop_requested.load(std::memory_order_relaxed); }) &&
+        !stop_requested.load()) {
+      error = kBrokenBefore;
+    } else if (frame->cursor() != first && !stop_requested.load()) {
+      error = concat("the frame rests at node ", frame->cursor(), ", the range begins at ", first);
+    } else {
+      return true;
+    }
+    cursor = first;
+    has_failed.store(true);
+    return false;
+  }
 
   // Sizes come from the frame, whose step is complete by now; done by the first worker that arrives.
   void open(int num_workers) {
@@ -110,6 +133,8 @@ class LaneExecution {
   const std::shared_ptr<CpuFrame> frame;
   const int first, last;
   const bool is_traced;
+  const RangeSignals after;
+  const std::shared_ptr<RangeSignal> signal;
   std::vector<Stage> stages;
   std::vector<ChunkRun> runs;
   std::once_flag opened;
@@ -146,14 +171,15 @@ Lane::~Lane() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-uint64_t Lane::submit(std::shared_ptr<CpuFrame> frame, int first, int last) {
+uint64_t Lane::submit(std::shared_ptr<CpuFrame> frame, int first, int last, RangeSignals after) {
   PARTITA_CHECK(frame != nullptr, "frame: got none");
-  claim_range(*frame, first, last);
+  std::shared_ptr<RangeSignal> signal = claim_range(*frame, first, last, after);
   uint64_t ticket;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     ticket = ++num_submitted_;
-    executions_.push_back(std::make_shared<LaneExecution>(ticket, std::move(frame), first, last, is_tracing_.load()));
+    executions_.push_back(std::make_shared<LaneExecution>(ticket, std::move(frame), first, last, is_tracing_.load(),
+                                                          std::move(after), std::move(signal)));
   }
   submitted_word_.fetch_add(1, std::memory_order_seq_cst);
   if (num_sleepers_.load(std::memory_order_seq_cst) > 0) futex_wake_all(&submitted_word_);
@@ -216,7 +242,8 @@ void Lane::work(int worker_idx, int num_workers) {
       completion.end_ns = monotonic_ns();
       completion.spans = std::move(execution->spans);
       execution->frame->set_cursor(execution->cursor);
-      execution->frame->is_busy.store(false);
+      execution->frame->num_ranges.fetch_sub(1);
+      execution->signal->end(execution->error.empty() && !execution->was_stopped);
       // Reported before the next range can start: completions of a lane come in the order of its tickets.
       completions_->push(std::move(completion));
       {
@@ -227,6 +254,11 @@ void Lane::work(int worker_idx, int num_workers) {
     };
 
     std::call_once(execution->opened, [&] {
+      if (!execution->wait_for_turn()) {
+        execution->start_ns = monotonic_ns();
+        finish();
+        return;
+      }
       execution->open(worker.num_workers);
       if (execution->advance(-1)) finish();
     });

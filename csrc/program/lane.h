@@ -34,8 +34,11 @@ class Lane {
   const std::vector<int>& cores() const { return cores_; }
 
   // Queues nodes [first, last) of the frame's program behind what the lane already has; returns its ticket at once.
-  // The range must start at the frame's cursor. Throws ValueError otherwise, or when the frame is busy or unprepared.
-  uint64_t submit(std::shared_ptr<CpuFrame> frame, int first, int last);
+  // The range must start where the frame rests, or where the last queued range of the frame ends. It starts when all
+  // that it comes `after` have ended, which lie on other lanes or earlier on this one; when one of those fails or is
+  // stopped it fails too. Throws ValueError for another start, a frame without a step, or a frame with a queued range
+  // that it does not come after.
+  uint64_t submit(std::shared_ptr<CpuFrame> frame, int first, int last, RangeSignals after = {});
   // Asks a queued or running range to stop before its next node; nothing happens if it has finished.
   void request_stop(uint64_t ticket);
   void set_tracing(bool on) { is_tracing_.store(on); }

@@ -11,6 +11,7 @@ from typing import Any
 
 from runtime import _native
 from runtime.engine_args import parse_device
+from runtime.lane_bank import CorePartitions, SmPartitions
 
 # A GPU takes whole prompts of this many tokens in less time than ten decode steps; the host execution does not.
 _GPU_BATCHED_TOKENS = 2048
@@ -78,6 +79,11 @@ class CpuDevice:
         cores = _native.usable_core_ids()
         return self.lane(lane_idx, completions, [cores[index % len(cores)] for index in range(self.threads)])
 
+    def partitions(self, cuts) -> CorePartitions:
+        """The cores of an engine, to be cut for lanes near these shares."""
+        cores = _native.usable_core_ids()
+        return CorePartitions([cores[index % len(cores)] for index in range(self.threads)], cuts)
+
     def lane(self, lane_idx: int, completions, cores: list[int] | None = None) -> Any:
         """A lane on the given cores, a worker each; None: this device's threads, wherever the system likes."""
         return _native.Lane(lane_idx, cores or [], len(cores) if cores else self.threads, completions)
@@ -132,13 +138,19 @@ class GpuDevice:
         """A lane over the whole chip; decode steps of up to ``max_num_seqs`` rows replay graphs."""
         return _native.GpuLane(lane_idx, self.gpu, completions, max_graph_rows=max_num_seqs if self._uses_graphs else 0)
 
+    def partitions(self, cuts) -> SmPartitions:
+        """The chip's SMs, to be cut for lanes near these shares."""
+        return SmPartitions(self.gpu, cuts, self._uses_graphs)
+
     def lane(self, lane_idx: int, completions, cores: list[int] | None = None) -> Any:
         """A lane over the whole chip that launches node by node; ``cores`` are the CPU's affair."""
         return _native.GpuLane(lane_idx, self.gpu, completions)
 
-    def reserved_bytes(self, program, layouts, *, max_num_seqs: int, max_tokens: int, max_model_len: int) -> int:
+    def reserved_bytes(
+        self, program, layouts, *, max_num_seqs: int, max_tokens: int, max_model_len: int, num_frames: int,
+        num_decode_lanes: int,
+    ) -> int:  # fmt: skip
         """Device memory that an engine's frames, graphs and rows take, beside weights and pages."""
-        from runtime.model_runner import FRAMES_PER_LANE
 
         def frame_bytes(graph_rows: int) -> int:
             return _native.gpu_frame_bytes(
@@ -148,8 +160,8 @@ class GpuDevice:
             )  # fmt: skip
 
         row_bytes = 4 * (max_model_len + 1) + (8 << 10)  # tokens, sampling parameters
-        graph_bytes = frame_bytes(max_num_seqs) if self._uses_graphs else 0
-        return FRAMES_PER_LANE * frame_bytes(0) + graph_bytes + max_num_seqs * row_bytes
+        graph_bytes = num_decode_lanes * (frame_bytes(max_num_seqs) if self._uses_graphs else 0)
+        return num_frames * frame_bytes(0) + graph_bytes + max_num_seqs * row_bytes
 
     def describe(self, activations: str) -> str:
         graphs = "graphs" if self._uses_graphs else "no graphs"

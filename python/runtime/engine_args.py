@@ -11,6 +11,7 @@ DEFAULT_MODEL = "smollm2"
 ACTIVATIONS = ("int8", "bf16", "fp16", "fp32")
 KV_CODECS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4", "int4-plain")
 PAGE_SIZES = (16, 32, 64, 128)
+NANO_BATCHES = ("off", "auto", "2", "3", "4")
 
 _BYTE_UNITS = {
     "": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
@@ -107,6 +108,10 @@ class EngineArgs:
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None  # token budget of one step; None: the engine decides
     policy: str = "default"  # preset of scheduler.policy
+    lanes: str = ""  # off, auto or P:D in percent; "": as the policy has it
+    prefill: str = ""  # token, layer or operator; "": as the policy has it
+    nano_batches: str = ""  # off, auto or 2 to 4; "": as the policy has it
+    max_resting_runs: int = 3  # prefills that rest between two of their parts at the same time
     enable_prefix_caching: bool = True
     threads: int | None = None  # None: one per core this process may use
     seed: int = 0  # of requests that bring none
@@ -129,15 +134,23 @@ class EngineArgs:
         self.max_model_len = parse_max_model_len(self.max_model_len)
         if self.page_size not in PAGE_SIZES:
             raise ValueError(f"page_size must be one of {', '.join(map(str, PAGE_SIZES))}, got {self.page_size!r}")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "threads"):
+        for name in ("max_num_seqs", "max_resting_runs", "max_num_batched_tokens", "threads"):
             value = getattr(self, name)
-            if value is None and name != "max_num_seqs":
+            if value is None and name in ("max_num_batched_tokens", "threads"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        from scheduler.arrangement import GRANULARITIES
+        from scheduler.config import is_lanes
         from scheduler.policy import policy_named
 
         policy_named(self.policy)
+        if not isinstance(self.lanes, str) or not is_lanes(self.lanes):
+            raise ValueError(f"lanes must be off, auto or two percentages such as 50:50, got {self.lanes!r}")
+        if self.prefill not in ("", *GRANULARITIES):
+            raise ValueError(f"prefill must be one of {', '.join(GRANULARITIES)}, got {self.prefill!r}")
+        if self.nano_batches not in ("", *NANO_BATCHES):
+            raise ValueError(f"nano_batches must be one of {', '.join(NANO_BATCHES)}, got {self.nano_batches!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         return self
@@ -194,11 +207,28 @@ class EngineArgs:
         )
         group.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="token budget of one step")
         group.add_argument(
-            "--policy",
-            default="default",
-            metavar="NAME",
-            help="scheduling preset: default, fastgen or prefill-first (default: default)",
-        )
+            "--policy", default="default", metavar="NAME",
+            help="scheduling preset: default, fastgen, layered, flowprefill, two-lanes, semi-pd, nexus, nanoflow, "
+            "arbitrate, prefill-first (default: default)",
+        )  # fmt: skip
+        group.add_argument(
+            "--lanes", default="", metavar="auto|off|P:D",
+            help="prefill and decode at the same time on parts of the chip, in percent; 100:100 shares it in time; auto "
+            "lets the policy's controller move the border (default: as the policy has it, mostly off)",
+        )  # fmt: skip
+        group.add_argument(
+            "--prefill", default="", choices=("", "token", "layer", "operator"), metavar="token|layer|operator",
+            help="how prompts are cut: by tokens, by groups of layers, or at any operator (default: as the policy has it)",
+        )  # fmt: skip
+        group.add_argument(
+            "--nano-batches", default="", choices=("", *NANO_BATCHES), metavar="off|auto|2|3|4",
+            help="cut a step into nano-batches whose operators overlap; auto keeps to what measures better (default: as the "
+            "policy has it, mostly off)",
+        )  # fmt: skip
+        group.add_argument(
+            "--max-resting-runs", type=int, default=3, metavar="N",
+            help="prefills that may rest between two of their parts; each keeps its activations (default: 3)",
+        )  # fmt: skip
         group.add_argument(
             "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True,
             help="reuse the KV of shared prompt prefixes (default: on)",

@@ -13,7 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from scheduler.nanobatch import MAX_NANO_BATCHES
+
 logger = logging.getLogger("partita.engine")
+
+# Prompts that go through the program in parts go whole, up to so many tokens.
+RUN_TOKENS = 2048
 
 # Loading that takes longer than this shows a bar.
 _PROGRESS_AFTER_S = 1.0
@@ -101,43 +106,83 @@ def _plan_on_cpu(args, checkpoint):
 def _plan_on_gpu(args, config, device, program, layouts, longest: int):
     """Pages for what is left of the device's memory beside the weights, which lie there already, and the frames."""
     from runtime.kv_plan import plan_kv
+    from runtime.model_runner import FRAMES_PER_LANE
 
+    preset = _preset(args)
     max_tokens = _batched_tokens(args, device)
+    has_roles = preset.lanes != "off"
     reserved = device.reserved_bytes(
-        program, layouts, max_num_seqs=args.max_num_seqs, max_tokens=max_tokens, max_model_len=longest
-    )
+        program, layouts, max_num_seqs=args.max_num_seqs, max_tokens=max_tokens, max_model_len=longest,
+        num_frames=FRAMES_PER_LANE * (2 if has_roles else 1) + _resting_runs(args, preset) + _nano_frames(preset),
+        num_decode_lanes=_num_decode_lanes(preset.lanes),
+    )  # fmt: skip
     available = max(device.gpu.free_bytes - reserved, 0)
     return plan_kv(config, available_bytes=available, share=device.kv_share, **_plan_arguments(args))
 
 
+def _preset(args):
+    """The SchedulerConfig that flags and policy agree on, as far as it does not depend on the machine."""
+    from scheduler.config import SchedulerConfig
+    from scheduler.policy import with_preset
+
+    return with_preset(
+        SchedulerConfig(
+            num_pages=1, policy=args.policy, lanes=args.lanes, prefill=args.prefill, nano_batches=args.nano_batches
+        )
+    )
+
+
 def _batched_tokens(args, device) -> int:
-    return args.max_num_batched_tokens or max(device.batched_tokens, args.max_num_seqs)
+    """The most tokens of a step: prompts that are not cut by tokens need a frame that holds them."""
+    is_cut = _preset(args).prefill == "token" and args.policy != "arbitrate"
+    default = device.batched_tokens if is_cut else max(device.batched_tokens, RUN_TOKENS)
+    return args.max_num_batched_tokens or max(default, args.max_num_seqs)
+
+
+def _resting_runs(args, preset) -> int:
+    return args.max_resting_runs if preset.lanes == "auto" or preset.prefill != "token" else 0
+
+
+def _nano_frames(preset) -> int:
+    """Two plans are in flight, and a third one's results are being read."""
+    return 0 if preset.nano_batches == "off" else 3 * MAX_NANO_BATCHES
+
+
+def _num_decode_lanes(lanes: str) -> int:
+    """Parts of the chip on which decodes may run: all of it, and what rungs leave."""
+    if lanes == "off":
+        return 1
+    return 8 if lanes == "auto" else 2
 
 
 def start_engine(loaded: LoadedModel, args, on_deltas: Callable, trace=None):
     """An Engine over a loaded model, its thread running."""
     from runtime import _native
+    from runtime.describe_model import spec_of
     from runtime.engine import Engine, EngineConfig
+    from runtime.lane_bank import LaneBank
     from runtime.model_runner import ModelRunner
-    from scheduler.config import SchedulerConfig
     from scheduler.scheduler import Scheduler
 
     kv_plan, config = loaded.kv_plan, loaded.config
-    device = loaded.device
+    device, preset = loaded.device, _preset(args)
     max_num_batched_tokens = _batched_tokens(args, device)
     completions = _native.CompletionQueue()
-    scheduler_config = SchedulerConfig(
-        num_pages=kv_plan.num_pages, page_size=kv_plan.page_size, max_num_seqs=args.max_num_seqs,
+    has_nano = preset.nano_batches != "off"
+    bank = LaneBank(device, completions, preset.lanes, args.max_num_seqs, trace is not None, has_nano)
+    scheduler_config = replace(
+        preset, num_pages=kv_plan.num_pages, page_size=kv_plan.page_size, max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, max_model_len=kv_plan.max_model_len,
         kv_group_windows=tuple(group.window for group in kv_plan.groups),
-        enable_prefix_caching=args.enable_prefix_caching, policy=args.policy,
+        enable_prefix_caching=args.enable_prefix_caching, rungs=bank.rungs, num_nodes=loaded.program.num_nodes,
+        layer_starts=layer_starts(loaded.program), max_resting_runs=args.max_resting_runs,
     )  # fmt: skip
-    scheduler = Scheduler(scheduler_config, calibrated_model(loaded, args))
+    spec = spec_of(loaded, args.kv_codecs) if has_nano else None
+    scheduler = Scheduler(scheduler_config, calibrated_model(loaded, args), spec)
     runner = ModelRunner(
         loaded.program, kv_plan, device, vocab_size=config.vocab_size, max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        lanes=[device.engine_lane(0, completions, args.max_num_seqs)], completions=completions,
-        is_traced=trace is not None,
+        max_num_batched_tokens=max_num_batched_tokens, bank=bank, completions=completions,
+        max_resting_runs=_resting_runs(args, preset), num_nano_frames=_nano_frames(preset),
     )  # fmt: skip
     if args.capture_at_start and args.cuda_graphs and device.gpu is not None:
         runner.capture_graphs()
@@ -146,6 +191,15 @@ def start_engine(loaded: LoadedModel, args, on_deltas: Callable, trace=None):
         f"{device.describe(loaded.packed.activations)}, {loaded.packed.packed_bytes / 2**20:.0f} MiB of weights",
     )  # fmt: skip
     return Engine(engine_config, scheduler, runner, on_deltas, trace)
+
+
+def layer_starts(program) -> tuple[int, ...]:
+    """The first node of each layer of a recorded Program."""
+    starts: dict[int, int] = {}
+    for index, name in enumerate(program.node_names):
+        if name.startswith("layers."):
+            starts.setdefault(int(name.split(".")[1]), index)
+    return tuple(starts.values())
 
 
 def calibrated_model(loaded: LoadedModel, args):

@@ -211,6 +211,13 @@ class CostModel:
             return last, 1.0
         return node, max(done, (overhead_s + ends[node] - ends[first]) / total_s)
 
+    def slow_down_of_overlap(self, total_share: float, total_demand: float) -> float:
+        """How many times longer than alone everybody takes on lanes that run at once and whose shares add up to more than
+        the machine: it takes turns, which yields overlap_gain more than one after the other, within its bandwidth."""
+        machine = self.machine
+        in_turns = total_share / (1.0 + machine.overlap_gain)
+        return max(1.0, in_turns, total_demand / machine.shared_bytes_per_s)
+
     def _group_s(self, node: NodeSpec, shape: StepShape, share: float) -> float:
         return StepCost(self._segments(((node, 1),), shape, share), 0.0, self.machine).alone_s
 

@@ -95,6 +95,7 @@ class Machine:
     result_delay_s: float = 0.0  # from the end of a step to its result at the scheduler
     saturation: Saturation = field(default_factory=Saturation)
     contention: float = 1.0  # how much of the predicted slow-down by other lanes' traffic is felt
+    overlap_gain: float = 0.0  # what lanes that all have the whole machine yield at once, above one after the other
     launch_ahead_nodes: int = 1  # that a lane has begun or queued when it is asked to stop; it stops behind them
     rungs: tuple[float, ...] = (1.0,)  # shares that a lane can be given
     model: str = ""  # the rates were fitted on this model; "": any
@@ -107,8 +108,11 @@ class Machine:
             raise ValueError(f"Machine.classes: unknown {sorted(unknown)}, missing {sorted(missing)} and no default")
         if self.shared_bytes_per_s <= 0 or not all(0 < rung <= 1 for rung in self.rungs):
             raise ValueError(f"Machine: got {self.shared_bytes_per_s} bytes/s, rungs {self.rungs}")
-        if self.launch_ahead_nodes < 1:
-            raise ValueError(f"Machine.launch_ahead_nodes: got {self.launch_ahead_nodes}, wanted at least 1")
+        if self.launch_ahead_nodes < 1 or self.overlap_gain < 0:
+            raise ValueError(
+                f"Machine: got launch_ahead_nodes {self.launch_ahead_nodes}, overlap_gain {self.overlap_gain}, wanted at "
+                "least 1, and 0 or more"
+            )
 
     def rates(self, node_class: str) -> ClassRates:
         return self.classes.get(node_class) or self.classes["default"]

@@ -178,6 +178,12 @@ class ModelSpec:
 
     # Nodes
 
+    @property
+    def layer_starts(self) -> tuple[int, ...]:
+        """The first node of every layer."""
+        layers = [node.layer for node in self.nodes()]
+        return tuple(layers.index(layer) for layer in range(self.num_layers))
+
     def _packed(self, layer: int, parts: tuple[tuple[str, int], ...], in_features: int) -> int:
         size = gpu_packed_bytes if self.device == "gpu" and self.inner_bytes == 2 else packed_bytes
         formats = self.layer_formats

@@ -21,7 +21,7 @@ class StepTrace:
 
     def add(self, completion: dict, plan) -> None:
         """``completion``: what CompletionQueue.wait_any returned for it; ``plan``: its LanePlan."""
-        lane = completion["lane"]
+        lane = plan.lane  # the role: which part of the chip it had, its share says
         start_us, end_us = completion["start_ns"] / 1e3, completion["end_ns"] / 1e3
         events = [
             {
@@ -29,6 +29,7 @@ class StepTrace:
                 "pid": 0, "tid": lane,
                 "args": {
                     "plan": plan.plan_id,
+                    "run": plan.run_id,
                     "share": plan.share,
                     "program": plan.program,
                     "nodes": [completion["first_node"], completion["cursor"]],
@@ -42,6 +43,14 @@ class StepTrace:
                 {
                     "name": self._node_names[node], "cat": "node", "ph": "X", "ts": node_start_ns / 1e3,
                     "dur": (node_end_ns - node_start_ns) / 1e3, "pid": 0, "tid": lane, "args": {"plan": plan.plan_id},
+                }
+            )  # fmt: skip
+        for node, node_start_ns, node_end_ns, nano_lane, nano in completion.get("nano_spans", ()):
+            events.append(
+                {
+                    "name": self._node_names[node], "cat": "node", "ph": "X", "ts": node_start_ns / 1e3,
+                    "dur": (node_end_ns - node_start_ns) / 1e3, "pid": 0, "tid": nano_lane,
+                    "args": {"plan": plan.plan_id, "nano_batch": nano},
                 }
             )  # fmt: skip
         with self._lock:

@@ -236,7 +236,15 @@ def test_memory_is_planned_to_what_is_left(device, llama_path):
         pinned = before - loaded.device.gpu.free_bytes - wanted
         assert 0 <= pinned < 64 << 10, "device memory other than planned"
         del frame
-    reserved = loaded.device.reserved_bytes(program, plan.groups, max_num_seqs=4, max_tokens=32, max_model_len=128)
+    reserved = loaded.device.reserved_bytes(
+        program,
+        plan.groups,
+        max_num_seqs=4,
+        max_tokens=32,
+        max_model_len=128,
+        num_frames=3,
+        num_decode_lanes=1,
+    )
     assert reserved > 3 * wanted
     with pytest.raises(ValueError, match=r"kv_memory: got .* only"):
         load(llama_path, device=device, kv_memory=1 << 50, max_model_len=128, **FEW)

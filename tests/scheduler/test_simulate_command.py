@@ -43,6 +43,43 @@ def test_charts(tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
 
+@pytest.mark.parametrize(
+    ("flags", "arranged"),
+    [
+        (["--lanes", "50:50"], "50:50 token"),
+        (["--lanes", "25:75", "--prefill", "operator"], "25:75 operator"),
+        (["--lanes", "100:100", "--prefill", "layer"], "100:100 layer"),
+        (["--prefill", "layer"], "one lane, layer"),
+    ],
+)
+def test_lanes_and_granularities_are_flags_and_the_report_says_what_was_arranged(flags, arranged, tmp_path, capsys):
+    numbers, steps = tmp_path / "r.json", tmp_path / "t.json"
+    arguments = ["--trace", TRACE, *flags, "--json", str(numbers), "--trace-steps", str(steps), "--window", "0:60"]
+    assert main(arguments) == 0
+    assert f"arranged: {arranged}" in capsys.readouterr().out
+    (run,) = json.loads(numbers.read_text())["runs"]
+    assert run["num_refused"] == 0 and arranged in run["arrangements"]
+    assert {"num_pauses", "num_border_moves"} <= run.keys()
+    shown = [event for event in json.loads(steps.read_text())["traceEvents"] if event["cat"] == "step"]
+    assert {event["tid"] for event in shown} == ({0, 1} if "--lanes" in flags else {0})
+    ranges = {tuple(event["args"]["nodes"]) for event in shown}
+    assert (len(ranges) > 1) == (arranged == "one lane, layer")  # parts by layers; nobody ranks before, so no pause
+
+
+def test_a_run_of_a_prompt_may_be_longer_than_a_step_and_the_program_is_known(capsys):
+    from scheduler.machine import Machine
+    from scheduler.simulator import setup
+
+    machine = Machine.load("h100-sxm")
+    spec = setup.load_model("llama-3-8b", machine)
+    by_tokens, by_layers = (setup.scheduler_config(spec, machine, prefill=prefill) for prefill in (None, "layer"))
+    assert by_layers.max_num_batched_tokens > by_tokens.max_num_batched_tokens
+    assert by_tokens.rungs == machine.rungs[:-1] and by_tokens.num_nodes == len(spec.nodes())
+    assert len(by_tokens.layer_starts) == spec.num_layers
+    for layer, node in enumerate(by_tokens.layer_starts):
+        assert spec.nodes()[node].layer == layer and spec.nodes()[node - 1].layer != layer
+
+
 def test_capacity(capsys):
     arguments = ["--trace", TRACE, "--machine", "cpu-2-cores", "--find-max-rate", "--slo", "ttft=1s,tpot=100ms"]
     assert main([*arguments, "--json", "-"]) == 0
@@ -64,6 +101,10 @@ def test_capacity(capsys):
         (["--trace", TRACE, "--window", "5"], "--window"),
         (["--trace", TRACE, "--kv-memory", "10"], "kv memory"),
         (["--trace", TRACE, "--kv-dtype", "int3"], "int3"),
+        (["--trace", TRACE, "--lanes", "half"], "lanes"),
+        (["--trace", TRACE, "--lanes", "0.5,x"], "--lanes"),
+        (["--trace", TRACE, "--prefill", "word"], "prefill"),
+        (["--trace", TRACE, "--nano-batches", "9"], "nano_batches"),
     ],
 )
 def test_bad_input_is_named(arguments, says, capsys):

@@ -12,14 +12,15 @@ from scheduler.machine import ClassRates, Machine
 from scheduler.model_spec import ModelSpec
 from scheduler.simulator import ModelCosts, Report, Simulation, setup
 from scheduler.simulator.capacity import find_max_rate
-from scheduler.simulator.lanes import FixedCost, VirtualLanes
+from scheduler.simulator.costs import Costs, FixedCost
+from scheduler.simulator.lanes import VirtualLanes
 from scheduler.simulator.report import percentile
 from scheduler.simulator.simulation import ServiceTargets
 from scheduler.simulator.step_log import StepLog
 from scheduler.simulator.traces import TraceRequest
 from scheduler.step import LanePlan
 from scheduler.step_shape import StepShape
-from tests.scheduler.fake_runner import CheckedScheduler
+from tests.scheduler.checked_scheduler import CheckedScheduler
 
 SPEC = ModelSpec("small", 256, 4, 4, 2, 64, 512, 1000)
 MACHINE = Machine("m", "test", 5e10, {"default": ClassRates(((1, 1e11), (64, 1e12)), 5e10, 1e-6)})
@@ -30,10 +31,10 @@ def config(**fields) -> SchedulerConfig:
     return SchedulerConfig(**{**values, "max_model_len": 4096, **fields})
 
 
-class OneSecond:
+class OneSecond(Costs):
     """Every step takes a second, its result arrives a quarter later."""
 
-    def step_cost(self, plan, share):
+    def step_cost(self, plan):
         return FixedCost(1.0)
 
     def result_delay_ns(self, plan):
@@ -123,15 +124,12 @@ class Hungry(FixedCost):
         return self.alone_s * (10.0 + other_demand) / 10.0
 
 
-class TableCosts:
+class TableCosts(Costs):
     def __init__(self, seconds: dict[int, float], cost_type=Hungry) -> None:
         self.seconds, self.cost_type = seconds, cost_type
 
-    def step_cost(self, plan, share):
-        return self.cost_type(self.seconds[plan.plan_id] * (plan.share / share))
-
-    def result_delay_ns(self, plan):
-        return 0
+    def step_cost(self, plan):
+        return self.cost_type(self.seconds[plan.plan_id])
 
 
 def ends_of(lanes: VirtualLanes) -> dict[int, float]:
@@ -289,12 +287,9 @@ def test_average_demand_stands_for_what_happens_node_by_node(num_decodes, contex
         index: model.step_cost(shape, share) for index, (shape, share) in enumerate(zip(shapes, shares, strict=True))
     }
 
-    class ByPlan:
-        def step_cost(self, plan, share):
+    class ByPlan(Costs):
+        def step_cost(self, plan):
             return costs[plan.plan_id]
-
-        def result_delay_ns(self, plan):
-            return 0
 
     lanes = VirtualLanes(2, ByPlan())
     for index, share in enumerate(shares):

@@ -5,12 +5,12 @@
     result = Simulation(config, ModelCosts(model), requests).run()
     print(Report(result).table())
 
-`partita simulate` is the command (command.py). Who owns what: simulation.py the event loop, lanes.py what runs where and for
-how long, traces.py and arrivals.py requests, report.py numbers, capacity.py questions of how much, plots.py charts,
-recording.py a real run to replay.
+`partita simulate` is the command (command.py). Who owns what: simulation.py the event loop, lanes.py what runs where,
+costs.py for how long, traces.py and arrivals.py requests, report.py numbers, capacity.py questions of how much, plots.py
+charts, recording.py a real run to replay.
 """
 
-from scheduler.simulator.lanes import ModelCosts, RecordedCosts
+from scheduler.simulator.costs import ModelCosts, RecordedCosts
 from scheduler.simulator.report import Report
 from scheduler.simulator.simulation import Simulation, SimulationResult
 from scheduler.simulator.traces import TraceRequest, read_trace

@@ -13,7 +13,7 @@ from scheduler.machine import Machine
 from scheduler.policy import policy_named
 from scheduler.simulator import setup
 from scheduler.simulator.capacity import find_max_rate
-from scheduler.simulator.lanes import ModelCosts
+from scheduler.simulator.costs import ModelCosts
 from scheduler.simulator.report import Report
 from scheduler.simulator.simulation import Simulation
 from scheduler.simulator.step_log import StepLog
@@ -66,7 +66,15 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     group.add_argument("--max-num-batched-tokens", type=int, metavar="N")
     group.add_argument("--max-model-len", type=int, metavar="N")
     group.add_argument("--kv-memory", type=float, metavar="BYTES", help="(default: what the weights leave)")
-    group.add_argument("--lanes", metavar="SHARES", help="such as 0.5,0.5 (default: one lane of the whole machine)")
+    group.add_argument(
+        "--lanes", metavar="LANES", help="auto, off or P:D: percent of the machine for prefill and for decode; or shares "
+        "such as 0.5,0.5 of lanes that take both (default: as the policy has it)",
+    )  # fmt: skip
+    group.add_argument(
+        "--prefill", metavar="UNIT", help="how prompts are cut: token, layer or operator (default: policy)"
+    )
+    group.add_argument("--nano-batches", metavar="N", help="off, auto or 2 to 4 (default: policy)")
+    group.add_argument("--max-resting-runs", type=int, metavar="N", help="prefills that may rest between two parts")
     group.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=None)
     group = parser.add_argument_group("disturbance")
     group.add_argument("--error", type=float, default=0.0, metavar="SIGMA", help="log-normal error of step times")
@@ -116,13 +124,14 @@ class CommandRun:
 
     def run(self, policy: str, requests: Sequence[TraceRequest], log: StepLog | None = None, label: str = "") -> Report:
         namespace = self.namespace
-        shares = tuple(float(share) for share in namespace.lanes.split(",")) if namespace.lanes else None
         has_prefixes = any(request.hash_ids for request in requests[:100])
         caching = has_prefixes if namespace.enable_prefix_caching is None else namespace.enable_prefix_caching
         config = setup.scheduler_config(
             self.spec, self.machine, kv_bytes=namespace.kv_memory, longest=setup.longest_request(requests),
             policy=policy, max_num_seqs=namespace.max_num_seqs, max_model_len=namespace.max_model_len,
-            max_num_batched_tokens=namespace.max_num_batched_tokens, lane_shares=shares, enable_prefix_caching=caching,
+            max_num_batched_tokens=namespace.max_num_batched_tokens, enable_prefix_caching=caching,
+            prefill=namespace.prefill, nano_batches=namespace.nano_batches,
+            max_resting_runs=namespace.max_resting_runs, **setup.parse_lanes_flag(namespace.lanes),
         )  # fmt: skip
         costs = ModelCosts(self.executor_model, error=namespace.error, seed=namespace.seed)
         simulation = Simulation(

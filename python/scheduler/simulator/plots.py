@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scheduler.simulator.lanes import NANOSECONDS
+from scheduler.simulator.costs import NANOSECONDS
 from scheduler.simulator.step_log import StepLog
 
 # Colours that people with red-green blindness tell apart, and a mark each for print.
@@ -54,8 +54,8 @@ def plot_latency_over_load(reports_of: Mapping[str, Sequence[tuple[float, dict[s
 
 
 def plot_lanes(log: StepLog, path: str, title: str = "") -> None:
-    """A Gantt chart: a row per lane, a bar per step as high as its share of the machine, prefill and decode parts of its
-    tokens in different colours."""
+    """A Gantt chart: a row per lane, a bar per plan as high as its share of the machine, prefill and decode parts of its
+    tokens in different colours. Parts of a run are lighter; a black edge: it was paused there."""
     pyplot = _pyplot()
     if not log.steps:
         raise ValueError("plot_lanes: no step lies in the window")
@@ -68,13 +68,18 @@ def plot_lanes(log: StepLog, path: str, title: str = "") -> None:
         start_s, width_s = step.start_ns / NANOSECONDS, (step.end_ns - step.start_ns) / NANOSECONDS
         num_chunk_tokens = sum(scheduled.num_tokens for scheduled in plan.requests if scheduled.num_tokens > 1)
         share = num_chunk_tokens / plan.num_tokens
-        axis.barh(row, width_s, left=start_s, height=height, color=_COLOURS[0], edgecolor="white", linewidth=0.3)
+        alpha = 1.0 if step.first == 0 and step.ends_run else 0.6
+        axis.barh(
+            row, width_s, left=start_s, height=height, color=_COLOURS[0], alpha=alpha, edgecolor="white", linewidth=0.3
+        )
         if share > 0:  # from one edge: what part of the step's tokens are prefill
             bottom = row - height / 2 + height * share / 2
-            axis.barh(bottom, width_s, left=start_s, height=height * share, color=_COLOURS[1], linewidth=0)
+            axis.barh(bottom, width_s, left=start_s, height=height * share, color=_COLOURS[1], alpha=alpha, linewidth=0)
+        if step.is_stopped:
+            axis.vlines(start_s + width_s, row - height / 2, row + height / 2, color="black", linewidth=1.2)
     axis.set_yticks(range(len(lanes)), [f"lane {lane}" for lane in lanes])
     axis.set_xlabel("seconds")
-    axis.set_title(title or "steps: decode tokens blue, prefill tokens orange", fontsize=10)
+    axis.set_title(title or "decode tokens blue, prefill tokens orange; lighter: part of a run", fontsize=10)
     axis.invert_yaxis()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -8,10 +8,11 @@ from typing import Any
 
 from scheduler.goodput import outcome_of
 from scheduler.machine import Machine
-from scheduler.simulator.lanes import NANOSECONDS
+from scheduler.simulator.costs import NANOSECONDS
 from scheduler.simulator.simulation import SimulationResult
 
 PERCENTS = (50, 90, 95, 99)
+_MOST_ARRANGEMENTS = 6  # that a table names
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
@@ -90,6 +91,9 @@ class Report:
             "slo_attainment": self.attainment,
             **{f"{name}_attainment": share for name, share in self.target_attainment.items()},
             "num_preemptions": result.stats.num_preemptions,
+            "num_pauses": result.stats.num_pauses,
+            "num_border_moves": result.stats.num_moves,
+            "arrangements": dict(result.stats.arrangements),
             "prefix_hit_share": num_cached / num_prompt if num_prompt else 0.0,
             "num_steps": result.num_steps,
             "tokens_per_step": result.num_step_tokens / max(1, result.num_steps),
@@ -117,6 +121,18 @@ class Report:
             used["memory_bandwidth"] = result.num_bytes / self._machine.shared_bytes_per_s / duration_s
         return used
 
+    def _arrangements_line(self) -> str:
+        """How the machine was shared, most frequent first; "" where nothing decides that."""
+        stats = self.result.stats
+        total = sum(stats.arrangements.values())
+        if not total:
+            return ""
+        ordered = sorted(stats.arrangements.items(), key=lambda item: -item[1])
+        shown = [f"{name} {count / total:.0%}" for name, count in ordered[:_MOST_ARRANGEMENTS]]
+        if len(ordered) > _MOST_ARRANGEMENTS:
+            shown.append(f"{len(ordered) - _MOST_ARRANGEMENTS} more")
+        return f"arranged: {', '.join(shown)}; border moved {stats.num_moves} times, prefills paused {stats.num_pauses}"
+
     def table(self) -> str:
         report = self.to_json()
         lines = [
@@ -137,5 +153,7 @@ class Report:
             f"kept: {', '.join(attained)}; refused {report['num_refused']}, preemptions {report['num_preemptions']}, "
             f"prefix hits {report['prefix_hit_share']:.1%}"
         )
+        if arranged := self._arrangements_line():
+            lines.append(arranged)
         lines.append("used: " + ", ".join(f"{name} {share:.1%}" for name, share in report["utilisation"].items()))
         return "\n".join(lines)

@@ -10,6 +10,7 @@ from typing import Any
 from scheduler.config import SchedulerConfig
 from scheduler.machine import Machine
 from scheduler.model_spec import ModelSpec
+from scheduler.policy import policy_named
 from scheduler.simulator.arrivals import ServeGenClients, parse_renewal
 from scheduler.simulator.simulation import ServiceTargets
 from scheduler.simulator.traces import TraceRequest, at_rate, cut, read_trace
@@ -17,6 +18,8 @@ from scheduler.simulator.traces import TraceRequest, at_rate, cut, read_trace
 MODEL_FOLDER = Path(__file__).parent / "models"
 DRAWN_TRACES = ("poisson", "gamma")
 SERVEGEN_DEFAULT_S = 600.0
+# Prompts that cross the program in parts are not cut by tokens: a run of theirs may hold so many more than a step.
+_RUN_TOKENS = {True: 8192, False: 2048}
 # A machine with this much memory runs the larger of the default limits.
 _LARGE_MACHINE_BYTES = 16e9
 
@@ -63,15 +66,36 @@ def scheduler_config(
     windows = (0,) if not spec.windowed_layers else (spec.sliding_window,)
     if spec.num_kv_groups == 2:
         windows = (0, spec.sliding_window)
+    preset = policy_named(fields.get("policy") or "default")
+    is_cut_by_tokens = (fields.get("prefill") or preset.prefill) == "token"
+    budget_tokens = (2048 if is_large else 512) if is_cut_by_tokens else _RUN_TOKENS[is_large]
     values = {
         "num_pages": num_pages,
         "page_size": spec.page_size,
         "max_num_seqs": 256 if is_large else 64,
-        "max_num_batched_tokens": 2048 if is_large else 512,
+        "max_num_batched_tokens": budget_tokens,
         "max_model_len": max(spec.max_position_embeddings, longest),
         "kv_group_windows": windows,
+        "rungs": tuple(rung for rung in machine.rungs if rung < 1.0),
+        "num_nodes": len(spec.nodes()),
+        "layer_starts": spec.layer_starts,
     }
     return SchedulerConfig(**{**values, **{name: value for name, value in fields.items() if value is not None}})
+
+
+def parse_lanes_flag(text: str | None) -> dict[str, Any]:
+    """``auto``, ``off`` or ``P:D`` -> the field lanes; ``0.5,0.5``: as many lanes that take prompts and decodes alike ->
+    lane_shares. Raises ValueError."""
+    if not text:
+        return {}
+    if "," not in text:
+        return {"lanes": text}
+    try:
+        return {"lane_shares": tuple(float(share) for share in text.split(","))}
+    except ValueError:
+        raise ValueError(
+            f"--lanes: got {text!r}, wanted auto, off, P:D in percent, or shares such as 0.5,0.5"
+        ) from None
 
 
 def load_requests(

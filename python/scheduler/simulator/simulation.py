@@ -1,7 +1,7 @@
 """The event loop: a trace's requests, the real Scheduler, lanes in virtual time.
 
     arrivals ──┐                                 ┌─> plans ──> VirtualLanes
-               ├──> Scheduler.on_events(now) ────┤                 │ a step ends, its result is known a little later
+               ├──> Scheduler.on_events(now) ────┼─> orders ──────┘│ a plan ends, its result is known a little later
     results  ──┘                                 └─> outputs ──> RequestRecord
        └───────────────────────────────────────────────────────────┘
 
@@ -22,7 +22,8 @@ from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel
 from scheduler.request import Request
 from scheduler.scheduler import Scheduler, SchedulerStats
-from scheduler.simulator.lanes import NANOSECONDS, Costs, FinishedStep, VirtualLanes
+from scheduler.simulator.costs import NANOSECONDS, Costs
+from scheduler.simulator.lanes import FinishedStep, VirtualLanes
 from scheduler.simulator.traces import TraceRequest, page_keys
 from scheduler.step import Arrival, LaneFinished, LanePlan, LaneResult
 
@@ -60,14 +61,14 @@ class SimulationResult:
     records: dict[str, RequestRecord]
     inter_token_s: array  # of all requests, in order of time
     end_ns: int
-    num_steps: int
+    num_steps: int  # plans; a run in parts is several
     num_step_tokens: int
     busy_ns: list[int]  # per lane
     compute_s: float  # that the steps' operations keep the compute units of the whole machine busy
     num_bytes: float  # that the steps moved
     kv_usage_mean: float  # over time
     kv_usage_peak: float
-    step_s: array  # durations, in order
+    step_s: array  # durations of plans, in order
     stats: SchedulerStats
     wall_s: float
     plans: list[LanePlan] = field(default_factory=list)  # if they were kept
@@ -92,7 +93,7 @@ class Simulation:
         self.config = config
         self.scheduler = Scheduler(config, cost_model)
         self._costs = costs
-        self._lanes = VirtualLanes(config.num_lanes, costs)
+        self._lanes = VirtualLanes(self.scheduler.config.num_lanes, costs, config.num_nodes)
         self._targets = targets or ServiceTargets()
         self._observe = observe
         self._plans: list[LanePlan] | None = [] if keep_plans else None
@@ -100,6 +101,7 @@ class Simulation:
         self._arrivals: list[tuple[int, Request]] = []
         self._records: dict[str, RequestRecord] = {}
         self._left_to_stop: dict[str, int] = {}
+        self._before_call: Callable[[int], None] | None = None
         self._sample: Sampler = self._sample_until_stop if ends_by_stop else _sample_by_length
         if requests is not None:
             for index, one in enumerate(requests):
@@ -133,6 +135,10 @@ class Simulation:
         """Tokens come from the caller (a recorded run's)."""
         self._sample = sample
 
+    def before_calls(self, hear: Callable[[int], None]) -> None:
+        """hear(number of calls made so far) before every call of the scheduler."""
+        self._before_call = hear
+
     def _sample_until_stop(self, plan: LanePlan) -> tuple[tuple[str, int], ...]:
         sampled = []
         for request_id, _, _, _, _, samples in plan.requests:
@@ -155,10 +161,10 @@ class Simulation:
         started_s = time.perf_counter()
         scheduler, lanes, costs = self.scheduler, self._lanes, self._costs
         arrivals, num_arrivals, next_arrival = self._arrivals, len(self._arrivals), 0
-        results: list[tuple[int, int, LaneResult]] = []  # heap of (due, plan id, result) on their way to the scheduler
-        heard_ns = [0] * self.config.num_lanes  # when the lane's latest result is heard of: they come in order
+        results: list[tuple[int, int, LaneResult]] = []  # heap of (due, rank, result) on their way to the scheduler
+        heard_ns = [0] * scheduler.config.num_lanes  # when the lane's latest result is heard of: they come in order
         inter_token_s, step_s = array("d"), array("d")
-        num_steps = num_step_tokens = 0
+        num_steps = num_step_tokens = num_calls = 0
         compute_s = num_bytes = kv_time = kv_peak = 0.0
         now_ns = kv_since_ns = end_ns = 0
         kv_usage = 0.0
@@ -177,7 +183,8 @@ class Simulation:
                 for step in lanes.finish(now_ns):
                     plan = step.plan
                     num_steps += 1
-                    num_step_tokens += plan.num_tokens
+                    if step.ends_run:
+                        num_step_tokens += plan.num_tokens
                     compute_s += step.cost.compute_s * plan.share
                     num_bytes += step.cost.num_bytes
                     step_s.append((step.end_ns - step.start_ns) / NANOSECONDS)
@@ -185,8 +192,9 @@ class Simulation:
                         self._observe(step)
                     lane = plan.lane
                     heard_ns[lane] = max(heard_ns[lane], now_ns + costs.result_delay_ns(plan))
-                    result = LaneResult(plan.plan_id, lane, self._sample(plan))
-                    heappush(results, (heard_ns[lane], plan.plan_id, result))
+                    sampled = self._sample(plan) if step.ends_run else ()
+                    result = LaneResult(plan.plan_id, lane, sampled, (), step.cursor)
+                    heappush(results, (heard_ns[lane], costs.result_rank(plan), result))
                 if self._max_steps is not None and num_steps > self._max_steps:
                     raise RuntimeError(f"Simulation: not at an end after {self._max_steps} steps")
 
@@ -198,9 +206,14 @@ class Simulation:
                 next_arrival += 1
             if not events:
                 continue
+            if self._before_call is not None:
+                self._before_call(num_calls)
+            num_calls += 1
             plans = scheduler.on_events(events, now_ns / NANOSECONDS)
             for plan in plans:
                 lanes.submit(plan, now_ns)
+            for order in scheduler.take_orders():
+                lanes.carry_out(order, now_ns)
             if self._plans is not None:
                 self._plans.extend(plans)
             kv_time += kv_usage * (now_ns - kv_since_ns)
@@ -210,6 +223,8 @@ class Simulation:
             self._take_outputs(now_ns, inter_token_s)
         if scheduler.num_unfinished:
             raise RuntimeError(f"Simulation: {scheduler.num_unfinished} requests were never answered")
+        if lanes.num_resting:
+            raise RuntimeError(f"Simulation: {lanes.num_resting} runs rest although every request is answered")
         return SimulationResult(
             self.config, self._targets, self._records, inter_token_s, end_ns, num_steps, num_step_tokens,
             lanes.busy_ns, compute_s, num_bytes, kv_time / end_ns if end_ns else 0.0, kv_peak, step_s,

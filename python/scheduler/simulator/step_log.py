@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from scheduler.cost_model import CostModel
-from scheduler.simulator.lanes import NANOSECONDS, FinishedStep
+from scheduler.simulator.costs import NANOSECONDS
+from scheduler.simulator.lanes import FinishedStep
 from scheduler.step_shape import shape_of
 from scheduler.step_trace import StepTrace
 
@@ -31,7 +32,7 @@ class StepLog:
         """What a lane's completion queue would have said of the step."""
         plan, model = step.plan, self.model
         durations = model.node_durations_s(shape_of(plan.requests, model.window), plan.share)
-        first, last = plan.node_range or (0, len(durations))
+        first, last = step.first, step.last or model.num_nodes  # a scheduler that was told no nodes runs whole steps
         total_s = sum(seconds for _, seconds in durations[first:last]) or 1.0
         stretch = (step.end_ns - step.start_ns) / total_s
         spans, at_ns = [], float(step.start_ns)
@@ -42,5 +43,5 @@ class StepLog:
             at_ns = end_ns
         return {
             "lane": plan.lane, "start_ns": step.start_ns, "end_ns": step.end_ns, "first_node": first, "cursor": last,
-            "was_stopped": False, "spans": spans,
+            "was_stopped": step.is_stopped, "spans": spans,
         }  # fmt: skip

@@ -1,0 +1,62 @@
+"""Admission by predicted peak of KV (NanoFlow, arXiv 2408.12757, section 4.3).
+
+Every request that runs grows by a token a step and ends some day, when all of its KV is free again. If each is taken to end
+at the mean length of past answers, the future use of KV is known: it rises by the number of requests that run and falls
+when one ends. A prompt is let in only if the highest point of that curve, with it, is within what there is; so the chip
+is as full as it may be, and nobody has to give way later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class HeldTokens(NamedTuple):
+    """A request's KV as it is and as it is going to be."""
+
+    num_tokens: int  # that its KV holds now, its whole prompt included
+    num_remaining: int  # that it is going to generate, at least 1
+
+
+class MeanDecodeLength:
+    """Mean length of the answers that ended. A few pretended ones begin it, so that the first real ones do not rule."""
+
+    PRETENDED = 8
+
+    def __init__(self, first_guess: int) -> None:
+        if first_guess < 1:
+            raise ValueError(f"MeanDecodeLength: got first_guess {first_guess}, wanted at least 1 token")
+        self._num, self._sum = self.PRETENDED, self.PRETENDED * first_guess
+
+    def hear_finished(self, num_output_tokens: int) -> None:
+        self._num += 1
+        self._sum += num_output_tokens
+
+    @property
+    def tokens(self) -> float:
+        return self._sum / self._num
+
+
+def remaining_tokens(num_generated: int, max_tokens: int, mean_decode_tokens: float) -> int:
+    """The mean less what it has generated, within what it may; 1 for who has outlived the mean."""
+    return max(1, min(round(mean_decode_tokens), max_tokens) - num_generated)
+
+
+def predicted_peak_tokens(held: Iterable[HeldTokens]) -> int:
+    """The most KV tokens that these requests hold at the same time from now on. Use is highest when one is about to end;
+    after that many steps all who end later still hold what they have by then."""
+    peak, sum_alive = 0, 0
+    latest_first = sorted(held, key=lambda one: -one.num_remaining)
+    for num_alive, (num_tokens, num_remaining) in enumerate(latest_first, 1):
+        sum_alive += num_tokens
+        # Those that end at the same step are all alive then: the last of them gives the largest sum.
+        peak = max(peak, sum_alive + num_alive * num_remaining)
+    return peak
+
+
+def admits_by_peak(held: Iterable[HeldTokens], candidate: HeldTokens, num_kv_tokens: int) -> bool:
+    """Whether the candidate may begin beside those that run (prompts that are not done included), so that the predicted
+    peak fits in num_kv_tokens. Alone it always may: nobody can make room for it."""
+    running = list(held)
+    return not running or predicted_peak_tokens([*running, candidate]) <= num_kv_tokens
