@@ -12,6 +12,8 @@ from scheduler import SchedulerConfig
 from scheduler.cost_model import CostModel
 from scheduler.machine import ClassRates, Machine, Saturation
 from scheduler.model_spec import ModelSpec
+from scheduler.nanobatch_planner import NanoPlanner, nano_makespan_s
+from scheduler.nanobatch_tables import NanoCosts
 from scheduler.request import Request
 from scheduler.simulator import ModelCosts, Simulation
 from scheduler.simulator.costs import Costs, FixedCost
@@ -181,6 +183,28 @@ def test_an_error_is_a_runs_own_and_lanes_parts_and_pauses_have_it_alike():
     assert disturbed.stop_at(whole, 0.4) == exact.stop_at(whole, 0.4)
     other = disturbed.step_cost(prompt(8)).alone_s / exact.step_cost(prompt(8)).alone_s
     assert other != pytest.approx(factor, abs=0.01)
+
+
+def test_nano_batches_take_their_makespan_with_the_contention_and_the_error_of_the_executor():
+    source = costs(saturation=Saturation(0.5, 1.5, 0.4))
+    planner = NanoPlanner(config(), source.model)
+    rows = tuple(ScheduledRequest(f"d{row}", row, 3000, 1, (), True) for row in range(48))
+    whole = LanePlan(1, 0, 1.0, "step", None, (*rows, ScheduledRequest("p", 48, 0, 512, (), True)))
+    plan = replace(whole, nano=planner.plan(whole.requests, 2))
+    assert plan.nano.num_nano == 2
+    makespan_s = nano_makespan_s(plan, NanoCosts(source.model))
+    cost, of_whole = source.step_cost(plan), source.step_cost(whole)
+    assert cost.alone_s == pytest.approx(makespan_s) and cost.alone_s != pytest.approx(of_whole.alone_s, rel=1e-3)
+    assert (cost.num_bytes, cost.compute_s) == (of_whole.num_bytes, of_whole.compute_s)
+    felt = costs(
+        saturation=Saturation(0.5, 1.5, 0.4), contention=4.0
+    )  # mis-set: what is felt, not what was planned with
+    assert felt.step_cost(plan).alone_s > cost.alone_s and felt.step_cost(whole).alone_s == of_whole.alone_s
+    disturbed = ModelCosts(source.model, error=0.3, seed=4)
+    factor = disturbed.step_cost(whole).alone_s / of_whole.alone_s
+    assert disturbed.step_cost(plan).alone_s == pytest.approx(factor * cost.alone_s) and factor != 1.0
+    host = costs(saturation=Saturation(0.5, 1.5, 0.4), host_s_per_step=1e-4, host_s_per_request=1e-6)
+    assert host.step_cost(plan).alone_s - cost.alone_s == pytest.approx(1e-4 + 49e-6)
 
 
 # The whole loop
