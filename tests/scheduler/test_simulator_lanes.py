@@ -12,7 +12,8 @@ from scheduler import SchedulerConfig
 from scheduler.cost_model import CostModel
 from scheduler.machine import ClassRates, Machine, Saturation
 from scheduler.model_spec import ModelSpec
-from scheduler.nanobatch_planner import NanoPlanner, nano_makespan_s
+from scheduler.nanobatch_cost import nano_makespan_s
+from scheduler.nanobatch_planner import NanoPlanner
 from scheduler.nanobatch_tables import NanoCosts
 from scheduler.request import Request
 from scheduler.simulator import ModelCosts, Simulation
@@ -32,7 +33,12 @@ OVERHEAD_S = 3e-5
 def machine(**fields) -> Machine:
     rates = ClassRates(((1, 1e11), (64, 1e12)), 5e10, 1e-6)
     values = {"name": "m", "source": "test", "shared_bytes_per_s": 5e10, "classes": {"default": rates}}
-    values |= {"step_overhead_s": OVERHEAD_S, "result_delay_s": 2e-5, "saturation": Saturation(0.5, 0.5, 0.7)}
+    values |= {
+        "rungs": (0.25, 0.5, 0.75, 1.0),
+        "step_overhead_s": OVERHEAD_S,
+        "result_delay_s": 2e-5,
+        "saturation": Saturation(0.5, 0.5, 0.7),
+    }
     return Machine(**{**values, **fields})
 
 
@@ -195,7 +201,7 @@ def test_nano_batches_take_their_makespan_with_the_contention_and_the_error_of_t
     makespan_s = nano_makespan_s(plan, NanoCosts(source.model))
     cost, of_whole = source.step_cost(plan), source.step_cost(whole)
     assert cost.alone_s == pytest.approx(makespan_s) and cost.alone_s != pytest.approx(of_whole.alone_s, rel=1e-3)
-    assert (cost.num_bytes, cost.compute_s) == (of_whole.num_bytes, of_whole.compute_s)
+    assert cost.num_bytes > of_whole.num_bytes and cost.compute_s == of_whole.compute_s  # weights are read twice
     felt = costs(
         saturation=Saturation(0.5, 1.5, 0.4), contention=4.0
     )  # mis-set: what is felt, not what was planned with
@@ -216,6 +222,8 @@ ARRANGEMENTS = [
     {"lanes": "100:100", "prefill": "operator"},
     {"lanes": "off", "prefill": "layer"},
     {"lanes": "off", "prefill": "operator"},
+    {"lanes": "off", "prefill": "token", "nano_batches": "3"},
+    {"lanes": "off", "prefill": "layer", "nano_batches": "auto"},
 ]
 
 
@@ -253,6 +261,8 @@ def test_every_arrangement_answers_everybody_and_runs_every_node_once(fields):
     steps: list[FinishedStep] = []
     one = simulation(fields, observe=steps.append)
     result = one.run()
+    if fields.get("nano_batches") == "3":
+        assert {step.plan.nano.num_nano for step in steps if step.plan.nano is not None} == {2, 3}
     one.scheduler.check_integrity()
     assert one.scheduler.is_idle and one._lanes.num_resting == 0
     assert all(record.finish_reason == "length" for record in result.records.values())

@@ -8,7 +8,7 @@ from math import exp
 from typing import NamedTuple, Protocol
 
 from scheduler.cost_model import CostModel
-from scheduler.nanobatch_planner import nano_makespan_s
+from scheduler.nanobatch_cost import nano_step_cost
 from scheduler.nanobatch_tables import NanoCosts
 from scheduler.step import LanePlan
 from scheduler.step_shape import shape_of
@@ -69,20 +69,18 @@ class ModelCosts(Costs):
     def step_cost(self, plan: LanePlan) -> Cost:
         model = self.model
         shape = shape_of(plan.requests, model.window)
-        cost = model.step_cost(shape, plan.share, plan.node_range)
         factor = 1.0
-        if plan.nano is not None:
-            # What the step draws is what it would draw whole, over the time that its nano-batches take.
-            host_s = model.overhead_s(shape) - model.machine.step_overhead_s
-            factor = (self._nano_makespan_s(plan) + host_s) / cost.alone_s
+        if plan.nano is None:
+            cost: Cost = model.step_cost(shape, plan.share, plan.node_range)
+        else:
+            if self._nano_costs is None:
+                self._nano_costs = NanoCosts(model)
+            cost = nano_step_cost(plan, self._nano_costs)
+            # Its makespan is of its nodes and the gap before them; the host takes its part all the same.
+            factor += (model.overhead_s(shape) - model.machine.step_overhead_s) / cost.alone_s
         if self._error:
             factor *= exp(random.Random(self._seed * 1_000_003 + plan.run_id).gauss(0.0, self._error))
         return ScaledCost(cost, factor) if factor != 1.0 else cost
-
-    def _nano_makespan_s(self, plan: LanePlan) -> float:
-        if self._nano_costs is None:
-            self._nano_costs = NanoCosts(self.model)
-        return nano_makespan_s(plan, self._nano_costs)
 
     def result_delay_ns(self, plan: LanePlan) -> int:
         return self._delay_ns
