@@ -45,7 +45,7 @@ class RunLives:
         run.plan, run.part_started_s = plan, now
         for request in run.requests:
             request.lane = plan.lane
-        if self._order is not None:
+        if self._order is not None and run.lead.status is RUNNING:  # it may have left, and others go on
             self._order.started(run.lead, now)
 
     def land_part(self, run: PrefillRun, plan: LanePlan, result: LaneResult, now: float) -> bool:
@@ -56,7 +56,7 @@ class RunLives:
             run.cursor = ended_at
             run.executed_s += now - run.part_started_s
             self.num_pauses += result.cursor is not None
-            if self._order is not None:
+            if self._order is not None and run.lead.status is RUNNING:
                 self._order.paused(run.lead, run.executed_s, now)
             if run.is_doomed or all(request.status is not RUNNING for request in run.requests):
                 self.drop(run)
@@ -64,8 +64,8 @@ class RunLives:
         self._end(run)
         for request in run.requests:
             request.run = None
-            if self._order is not None:
-                self._order.ended(request)
+            if self._order is not None and request.num_expected_tokens - request.next_start <= 1:
+                self._order.ended(request)  # else the run held a first part of its prompt only
         return True
 
     def drop(self, run: PrefillRun) -> None:

@@ -1,30 +1,18 @@
-"""A runner without a model, which knows what every KV slot holds, and a driver that checks the invariants at every
-event.
+"""A runner without a model, which knows what every KV slot of every layer holds.
 
-A slot's content is (KV group, hash of namespace and all tokens up to its position): what real KV depends on. Before a
-chunk runs, every slot that its tokens can see must hold exactly that; the next token is a function of the last content,
-so a request's output is known in advance, however it is batched, cached, copied, preempted or pipelined.
+A slot's content is a hash of namespace and all tokens up to its position: what real KV depends on. Before a layer runs,
+every slot that its tokens can see must hold exactly that; the next token is a function of the last content, so a request's
+output is known in advance, however it is batched, cached, copied, cut in parts, paused, preempted or pipelined.
 
-Plans run as late as possible, when their result is asked for: a page that was given away too early has been given away.
+The program is the configuration's: page copies at node 0, a layer's KV at its first node, sampling at the end. Layer l
+belongs to KV group l % groups.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections import deque
 
-from scheduler import (
-    AbortRequest,
-    Arrival,
-    LaneFinished,
-    LanePlan,
-    LaneResult,
-    Request,
-    Scheduler,
-    SchedulerConfig,
-    Timer,
-    TokenOutput,
-)
+from scheduler import LanePlan, LaneResult, Request, SchedulerConfig
 
 VOCAB_SIZE = 7
 STOP_TOKEN_ID = 5
@@ -66,6 +54,15 @@ class Row:
         self.contents = contents_of(request.namespace, self.tokens)
         self.tables: list[list[int]] = []
         self.next_position = 0  # positions are written once per life, in order
+        self.has_failed = False  # its KV and tokens mean nothing until the next admission
+
+
+class Frame:
+    """A run between its first node and its last."""
+
+    def __init__(self, plan: LanePlan) -> None:
+        self.plan = plan
+        self.cursor = 0
 
 
 class FakeRunner:
@@ -74,12 +71,52 @@ class FakeRunner:
     def __init__(self, config: SchedulerConfig, requests: dict[str, Request]) -> None:
         self.config = config
         self.requests = requests
+        self.num_nodes = config.num_nodes or 1
+        self.layer_nodes = config.layer_starts or (0,) * config.num_kv_groups
+        assert len(self.layer_nodes) >= config.num_kv_groups, "a KV group without a layer"
         self.rows: dict[int, Row] = {}
-        self.slots: dict[tuple[int, int], tuple[int, int]] = {}  # (page, offset) -> (group, content)
+        self.kv: dict[tuple[int, int], list[int | None]] = {}  # (layer, page) -> content per offset
+        self.frames: dict[int, Frame] = {}  # runs that rest
         self.num_copies = 0
 
-    def run(self, plan: LanePlan) -> LaneResult:
-        page_size = self.config.page_size
+    def run(self, plan: LanePlan, stop_node: int | None = None, error: str | None = None) -> LaneResult:
+        """stop_node: the plan was paused and stops there, within its range. error: the plan fails."""
+        first, last = plan.node_range or (0, self.num_nodes)
+        assert 0 <= first < last <= self.num_nodes
+        if plan.continues:
+            frame = self.frames.pop(plan.continues)
+            no_pages = ((),) * self.config.num_kv_groups
+            assert plan.requests == tuple(part._replace(new_pages=no_pages) for part in frame.plan.requests)
+            assert not (plan.admissions or plan.resets or plan.copies), "what the first part brought"
+        else:
+            frame = Frame(plan)
+            self._prepare(plan)
+        assert first == frame.cursor, f"a part begins at node {first}, its run rests at {frame.cursor}"
+        if error is not None:
+            for scheduled in plan.requests:
+                self.rows[scheduled.row].has_failed = True
+            failed = tuple((scheduled.request_id, error) for scheduled in plan.requests)
+            return LaneResult(plan.plan_id, plan.lane, (), failed)
+
+        if stop_node is not None:
+            assert first <= stop_node < last
+            last = stop_node
+        if first == 0 < last:
+            self._copy(frame.plan)
+        for layer, node in enumerate(self.layer_nodes):
+            if first <= node < last:
+                for scheduled in plan.requests:
+                    self._run_layer(layer, scheduled)
+        if last < self.num_nodes:
+            frame.cursor = last
+            self.frames[plan.run_id] = frame
+            return LaneResult(plan.plan_id, plan.lane, cursor=stop_node)
+        return LaneResult(plan.plan_id, plan.lane, tuple(self._sample(plan)))
+
+    def drop(self, run_id: int) -> None:
+        del self.frames[run_id]
+
+    def _prepare(self, plan: LanePlan) -> None:
         for admission, reset in zip(plan.admissions, plan.resets, strict=True):
             assert admission.row == reset.row
             row = self.rows[admission.row] = Row(self.requests[admission.request_id], admission.token_ids)
@@ -91,167 +128,55 @@ class FakeRunner:
             assert row.request.request_id == scheduled.request_id, "the row belongs to another request"
             for table, new_pages in zip(row.tables, scheduled.new_pages, strict=True):
                 table.extend(new_pages)
-        for copy in plan.copies:
-            self.num_copies += 1
-            for offset in range(page_size):
-                self.slots[copy.target_page, offset] = self.slots.get((copy.source_page, offset), (-1, 0))
-
-        sampled = []
-        for scheduled in plan.requests:
-            row = self.rows[scheduled.row]
             stop = scheduled.start + scheduled.num_tokens
             assert scheduled.num_tokens >= 1
-            assert scheduled.start == row.next_position, "positions are written once, in order"
-            assert stop <= len(row.tokens), "a plan reached for a token that no plan before it samples"
-            assert stop <= min(len(table) for table in row.tables) * page_size, "the page table is too short"
-            for group, window in enumerate(self.config.kv_group_windows):
-                first_seen = max(0, scheduled.start - window + 1) if window else 0
-                for position in range(first_seen, scheduled.start):
-                    slot = (row.tables[group][position // page_size], position % page_size)
-                    assert self.slots.get(slot) == (group, row.contents[position]), (
-                        f"{scheduled.request_id} at {scheduled.start} sees wrong KV at {position} (page {slot[0]})"
-                    )
-                for position in range(scheduled.start, stop):
-                    page_id = row.tables[group][position // page_size]
-                    self.slots[page_id, position % page_size] = (group, row.contents[position])
-            row.next_position = stop
+            assert row.has_failed or scheduled.start == row.next_position, "positions are written once, in order"
+            assert row.has_failed or stop <= len(row.tokens), (
+                "a plan reached for a token that no plan before it samples"
+            )
+            assert stop <= min(len(table) for table in row.tables) * self.config.page_size, (
+                "the page table is too short"
+            )
+
+    def _copy(self, plan: LanePlan) -> None:
+        for copy in plan.copies:
+            self.num_copies += 1
+            for layer in range(len(self.layer_nodes)):
+                self.kv[layer, copy.target_page] = list(self._page(layer, copy.source_page))
+
+    def _page(self, layer: int, page_id: int) -> list[int | None]:
+        return self.kv.setdefault((layer, page_id), [None] * self.config.page_size)
+
+    def _run_layer(self, layer: int, scheduled) -> None:
+        row, page_size, start = self.rows[scheduled.row], self.config.page_size, scheduled.start
+        if row.has_failed:
+            return
+        group = layer % self.config.num_kv_groups
+        table, window = row.tables[group], self.config.kv_group_windows[group]
+        first_seen = max(0, start - window + 1) if window else 0
+        stop = start + scheduled.num_tokens
+        for page_idx in range(first_seen // page_size, (stop - 1) // page_size + 1):
+            begin = page_idx * page_size
+            page = self._page(layer, table[page_idx])
+            seen_from, seen_to = max(first_seen, begin), min(start, begin + page_size)
+            assert page[seen_from - begin : max(seen_from, seen_to) - begin] == row.contents[seen_from:seen_to], (
+                f"{scheduled.request_id} at {start} sees wrong KV in [{seen_from}, {seen_to}) (page {table[page_idx]})"
+            )
+            write_from, write_to = max(start, begin), min(stop, begin + page_size)
+            if write_from < write_to:
+                page[write_from - begin : write_to - begin] = row.contents[write_from:write_to]
+
+    def _sample(self, plan: LanePlan):
+        for scheduled in plan.requests:
+            row = self.rows[scheduled.row]
+            if row.has_failed:
+                if scheduled.samples:
+                    yield scheduled.request_id, 0
+                continue
+            stop = row.next_position = scheduled.start + scheduled.num_tokens
             assert scheduled.samples == (stop == len(row.tokens)), "samples if and only if it caught up"
             if scheduled.samples:
                 token_id = next_token(row.contents[-1])
                 row.tokens.append(token_id)
                 row.contents.append(hash((row.contents[-1], token_id)))
-                sampled.append((scheduled.request_id, token_id))
-        return LaneResult(plan.plan_id, plan.lane, tuple(sampled))
-
-
-class CheckedScheduler:
-    """A scheduler, its runner, and every invariant after every event."""
-
-    def __init__(self, config: SchedulerConfig, scheduler: Scheduler | None = None) -> None:
-        self.config = config
-        self.scheduler = scheduler or Scheduler(config)
-        self.requests: dict[str, Request] = {}
-        self.runner = FakeRunner(config, self.requests)
-        self.lanes: list[deque[LanePlan]] = [deque() for _ in config.lane_shares]
-        self.tables: dict[int, list[list[int]]] = {}  # row -> page tables as plans have announced them
-        self.named_pages: dict[int, dict[int, str]] = {}  # plan in flight -> page -> request that names it
-        self.outputs: dict[str, list[int]] = {}
-        self.finish_reasons: dict[str, str] = {}
-        self.errors: dict[str, str | None] = {}
-        self.num_outputs: dict[str, int] = {}
-        self.aborted: set[str] = set()
-        self.plans: list[LanePlan] = []
-        self.now = 0.0
-
-    # Events
-
-    def arrive(self, request: Request) -> list[LanePlan]:
-        self.requests[request.request_id] = request
-        self.outputs[request.request_id] = []
-        return self.send(Arrival(request))
-
-    def abort(self, request_id: str, reason: str = "abort") -> list[LanePlan]:
-        if request_id not in self.finish_reasons:
-            self.aborted.add(request_id)
-        return self.send(AbortRequest(request_id, reason))
-
-    def land(self, lane: int = 0) -> list[LanePlan]:
-        """The oldest plan in flight on the lane runs and reports."""
-        plan = self.lanes[lane][0]
-        result = self.runner.run(plan)
-        self.lanes[lane].popleft()
-        del self.named_pages[plan.plan_id]
-        return self.send(LaneFinished(result))
-
-    def run_until_idle(self, max_steps: int = 10_000) -> None:
-        for _ in range(max_steps):
-            busy = [lane for lane, plans in enumerate(self.lanes) if plans]
-            if not busy:
-                assert self.scheduler.num_unfinished == 0, f"stuck with {self.scheduler.num_unfinished} requests"
-                return
-            self.land(busy[0])
-        raise AssertionError(f"not idle after {max_steps} steps")
-
-    def send(self, event) -> list[LanePlan]:
-        self.now += 1.0
-        plans = self.scheduler.on_event(event, self.now)
-        for plan in plans:
-            self._check_plan(plan)
-        for output in self.scheduler.take_outputs():
-            self._check_output(output)
-        self.check()
-        return plans
-
-    # Invariants
-
-    def check(self) -> None:
-        self.scheduler.check_integrity()
-        pool = self.scheduler._pages._pool
-        for plan_id, named in self.named_pages.items():
-            for page_id, request_id in named.items():
-                assert not pool.is_free(page_id), f"page {page_id} is free while plan {plan_id} names it ({request_id})"
-        for plans in self.lanes:
-            assert len(plans) <= self.config.max_plans_in_flight
-        lanes_of: dict[str, set[int]] = {}
-        for lane, plans in enumerate(self.lanes):
-            for plan in plans:
-                for scheduled in plan.requests:
-                    lanes_of.setdefault(scheduled.request_id, set()).add(lane)
-        assert all(len(lanes) == 1 for lanes in lanes_of.values()), "a request is in flight on two lanes"
-
-    def _check_plan(self, plan: LanePlan) -> None:
-        self.plans.append(plan)
-        assert 1 <= plan.num_tokens <= self.config.max_num_batched_tokens, "the token budget"
-        rows = [scheduled.row for scheduled in plan.requests]
-        assert len(set(rows)) == len(rows)
-        assert all(0 <= row < self.config.max_num_seqs for row in rows)
-        assert {admission.row for admission in plan.admissions} <= set(rows)
-        rows_in_flight = {scheduled.row for plans in self.lanes for other in plans for scheduled in other.requests}
-        assert not rows_in_flight.intersection(admission.row for admission in plan.admissions), "row reused in flight"
-        if self.config.max_prefill_chunk:
-            assert all(scheduled.num_tokens <= self.config.max_prefill_chunk for scheduled in plan.requests)
-
-        for reset in plan.resets:
-            self.tables[reset.row] = [list(table) for table in reset.pages]
-        written = [copy.target_page for copy in plan.copies]
-        named: dict[int, str] = {copy.source_page: "copy" for copy in plan.copies}
-        for scheduled in plan.requests:
-            for table, new_pages in zip(self.tables[scheduled.row], scheduled.new_pages, strict=True):
-                table.extend(new_pages)
-                written.extend(new_pages)
-            for table, window in zip(self.tables[scheduled.row], self.config.kv_group_windows, strict=True):
-                first_seen = max(0, scheduled.start - window + 1) if window else 0
-                for page_id in table[first_seen // self.config.page_size :]:
-                    named[page_id] = scheduled.request_id
-        assert len(set(written)) == len(written), "a page was handed out twice in one plan"
-        for other_id, other in self.named_pages.items():
-            taken = set(other).intersection(written)
-            assert not taken, f"pages {taken} were handed out by plan {plan.plan_id} while plan {other_id} names them"
-        self.named_pages[plan.plan_id] = named
-        self.lanes[plan.lane].append(plan)
-
-    def _check_output(self, output: TokenOutput) -> None:
-        assert output.request_id not in self.finish_reasons, "an output after the last one"
-        self.outputs[output.request_id].extend(output.token_ids)
-        count = self.num_outputs[output.request_id] = self.num_outputs.get(output.request_id, 0) + 1
-        assert count == 1 or output.first_scheduled is None
-        if output.finish_reason is not None:
-            self.finish_reasons[output.request_id] = output.finish_reason
-            self.errors[output.request_id] = output.error
-            assert (output.finish_reason == "error") == (output.error is not None)
-        if output.finish_reason == "stop":
-            assert output.stop_token_id == output.token_ids[-1]
-
-    def check_answers(self) -> None:
-        """When idle: everybody was answered, with the tokens of the reference or a reason."""
-        for request_id, request in self.requests.items():
-            assert request_id in self.finish_reasons, f"{request!r} was never answered"
-            wanted, reason = reference_output(request)
-            got = self.outputs[request_id]
-            if request_id in self.aborted or self.finish_reasons[request_id] == "error":
-                assert got == wanted[: len(got)], request_id
-            else:
-                assert (got, self.finish_reasons[request_id]) == (wanted, reason), request_id
-
-    def wake(self) -> list[LanePlan]:
-        return self.send(Timer())
+                yield scheduled.request_id, token_id

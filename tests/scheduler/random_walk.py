@@ -1,5 +1,5 @@
-"""A random life of a scheduler, the same for the same seed: arrivals, aborts, results in any order of lanes, cache
-resets."""
+"""A random life of a scheduler, the same for the same seed: arrivals, aborts, results in any order of lanes, failures,
+pauses at any node, cache resets, arrangements that change."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from scheduler import Request, Scheduler, SchedulerConfig
 from scheduler.cost_model import CostModel
 from scheduler.machine import ClassRates, Machine
 from scheduler.model_spec import ModelSpec
-from tests.scheduler.fake_runner import STOP_TOKEN_ID, VOCAB_SIZE, CheckedScheduler
+from scheduler.policy import policy_named
+from tests.scheduler.checked_scheduler import CheckedScheduler
+from tests.scheduler.chosen_arrangement import ChosenArrangement, random_arrangement
+from tests.scheduler.fake_runner import STOP_TOKEN_ID, VOCAB_SIZE
 
+NODES = ModelSpec("tiny", 64, 2, 2, 1, 32, 128, 100).nodes()
+LAYER_STARTS = tuple(next(i for i, node in enumerate(NODES) if node.layer == layer) for layer in range(2))
 TPOT_TARGETS_S = (None, 1e-6, 6e-5)  # under tiny_cost_model: hopeless, and some forty tokens
 
 
@@ -34,8 +39,20 @@ def random_config(rng: random.Random, **overrides) -> SchedulerConfig:
         "enable_prefix_caching": rng.random() < 0.7,
         "min_copy_tokens": rng.choice([1, 2, 3]),
         "watermark": rng.choice([0.0, 0.01, 0.1]),
-        "lane_shares": rng.choice([(1.0,), (0.5, 0.5)]),
     }
+    # Lanes without roles, roles as a flag or a controller has them, and one lane with every granularity.
+    draw = rng.randrange(4)
+    if "lanes" in overrides or policy_named(overrides.get("policy", "default")).lanes != "off":
+        pass
+    elif "policy" in overrides or draw == 0:
+        fields["lane_shares"] = rng.choice([(1.0,), (0.5, 0.5)])
+    elif draw == 1:
+        fields["lanes"] = rng.choice(["off", "50:50", "25:75", "100:100"])
+        fields["prefill"] = rng.choice(["", "token", "layer", "operator"])
+    else:
+        fields |= {"policy": rng.choice(["chosen-arrangement", "chosen-order"])}
+    if rng.random() < 0.9:
+        fields |= {"num_nodes": len(NODES), "layer_starts": LAYER_STARTS, "max_resting_runs": rng.randint(1, 3)}
     return SchedulerConfig(**{**fields, **overrides})
 
 
@@ -58,11 +75,15 @@ def walk(seed: int, num_events: int = 150, **overrides) -> CheckedScheduler:
     """Runs to the end and checks every answer; returns what is left for a test to look at."""
     rng = random.Random(seed)
     config = random_config(rng, **overrides)
-    checked = CheckedScheduler(config, Scheduler(config, tiny_cost_model()))
+    checked = CheckedScheduler(config, Scheduler(config, tiny_cost_model() if rng.random() < 0.9 else None), seed)
     stems = [[rng.randrange(VOCAB_SIZE) for _ in range(40)] for _ in range(2)]
+    failure_rate = rng.choice([0.0, 0.0, 0.02])
     for _ in range(num_events):
         draw = rng.random()
-        busy = [lane for lane, plans in enumerate(checked.lanes) if plans]
+        busy = checked.busy_lanes()
+        controller = checked.scheduler._controller
+        if isinstance(controller, ChosenArrangement) and rng.random() < 0.3:
+            controller.arrangement = random_arrangement(rng)
         if draw < 0.25:
             checked.arrive(random_request(rng, f"r{len(checked.requests)}", stems, checked.now))
         elif draw < 0.30 and checked.requests:
@@ -71,7 +92,7 @@ def walk(seed: int, num_events: int = 150, **overrides) -> CheckedScheduler:
             checked.scheduler.reset_prefix_cache()
             checked.check()
         elif busy:
-            checked.land(rng.choice(busy))
+            checked.land(rng.choice(busy), error="the device fell over" if rng.random() < failure_rate else None)
     checked.run_until_idle()
     checked.check_answers()
     stats = checked.scheduler.stats()

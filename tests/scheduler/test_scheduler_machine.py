@@ -1,5 +1,6 @@
 """Any sequence of events keeps the invariants, and each invariant's check fails when its mechanism is switched off."""
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -7,15 +8,25 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from scheduler import Request, SchedulerConfig
+from scheduler import Request, RequestStatus, SchedulerConfig
 from scheduler.composer import Composer
+from scheduler.prefill_run import RunTable
 from scheduler.prefix_cache import PrefixCache
 from scheduler.request_pages import RequestPages
+from scheduler.run_lives import RunLives
 from scheduler.scheduler import Scheduler
-from tests.scheduler.fake_runner import STOP_TOKEN_ID, VOCAB_SIZE, CheckedScheduler
-from tests.scheduler.random_walk import TPOT_TARGETS_S, tiny_cost_model, walk
+from tests.scheduler.checked_scheduler import CheckedScheduler
+from tests.scheduler.chosen_arrangement import ARRANGEMENTS, ChosenArrangement
+from tests.scheduler.fake_runner import STOP_TOKEN_ID, VOCAB_SIZE
+from tests.scheduler.random_walk import LAYER_STARTS, NODES, TPOT_TARGETS_S, tiny_cost_model, walk
 
 POLICIES = ("default", "prefill-first", "fastgen")
+# Lanes without roles are (policy, number of lanes, "", ""); roles (policy, 1, lanes, prefill).
+WAYS = (
+    *((policy, num_lanes, "", "") for policy in POLICIES for num_lanes in (1, 2)),
+    *(("default", 1, lanes, prefill) for lanes in ("off", "50:50", "100:100") for prefill in ("layer", "operator")),
+    *(("chosen-arrangement", 1, "", ""), ("chosen-order", 1, "", "")) * 6,
+)
 STEMS = ([1, 2, 3, 4, 0, 6, 1, 1, 2, 0, 3, 3, 4, 6, 2, 1, 0, 1, 2, 6] * 2, [6, 6, 1, 0, 2, 4, 3, 1] * 5)
 
 
@@ -30,9 +41,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_prefill_chunk=st.sampled_from([0, 5]),
         max_plans_in_flight=st.integers(1, 3),
         has_cache=st.booleans(),
-        num_lanes=st.integers(1, 2),
         watermark=st.sampled_from([0.0, 0.1]),
-        policy=st.sampled_from(POLICIES),
+        way=st.sampled_from(WAYS),
+        max_resting_runs=st.integers(1, 3),
     )
     def start(
         self,
@@ -43,10 +54,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_prefill_chunk,
         max_plans_in_flight,
         has_cache,
-        num_lanes,
         watermark,
-        policy,
+        way,
+        max_resting_runs,
     ):
+        policy, num_lanes, lanes, prefill = way
         config = SchedulerConfig(
             num_pages=num_pages * len(windows),
             page_size=4,
@@ -61,6 +73,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             watermark=watermark,
             lane_shares=(1.0 / num_lanes,) * num_lanes,
             policy=policy,
+            lanes=lanes,
+            prefill=prefill,
+            num_nodes=len(NODES),
+            layer_starts=LAYER_STARTS,
+            max_resting_runs=max_resting_runs,
         )
         self.checked = CheckedScheduler(config, Scheduler(config, tiny_cost_model()))
 
@@ -90,13 +107,25 @@ class SchedulerMachine(RuleBasedStateMachine):
             )
         )
 
+    @precondition(lambda self: isinstance(self.checked.scheduler._controller, ChosenArrangement))
+    @rule(arrangement=st.sampled_from(ARRANGEMENTS))
+    def rearrange(self, arrangement):
+        self.checked.scheduler._controller.arrangement = arrangement
+
     @precondition(lambda self: self.checked.scheduler.num_plans_in_flight)
-    @rule(lane=st.integers(0, 1), num_results=st.integers(1, 4))
-    def land(self, lane, num_results):
+    @rule(lane=st.integers(0, 1), num_results=st.integers(1, 4), stop_at=st.sampled_from([0.0, 0.3, 0.6, 1.0]))
+    def land(self, lane, num_results, stop_at):
+        """stop_at: where those stop that were paused."""
         for _ in range(num_results):
-            busy = [index for index, plans in enumerate(self.checked.lanes) if plans]
+            busy = self.checked.busy_lanes()
             if busy:
-                self.checked.land(busy[lane % len(busy)])
+                self.checked.land(busy[lane % len(busy)], stop_at)
+
+    @precondition(lambda self: self.checked.scheduler.num_plans_in_flight)
+    @rule(lane=st.integers(0, 1))
+    def fail(self, lane):
+        busy = self.checked.busy_lanes()
+        self.checked.land(busy[lane % len(busy)], error="the device fell over")
 
     @precondition(lambda self: self.checked.requests)
     @rule(data=st.data())
@@ -141,6 +170,12 @@ def test_the_random_lives_meet_what_they_are_meant_to_meet():
     assert sum(life.scheduler.stats().num_preemptions for life in lives) > 20
     assert sum(life.runner.num_copies for life in lives) > 20
     assert sum(life.scheduler.stats().num_prefix_hit_tokens for life in lives) > 200
+    assert sum(life.num_stops for life in lives) > 20
+    assert sum(life.num_drops for life in lives) > 5
+    assert sum(life.num_failures for life in lives) > 5
+    assert sum(life.scheduler.stats().num_moves for life in lives) > 100
+    parts = [plan for life in lives for plan in life.plans if plan.continues]
+    assert {plan.lane for plan in parts} == {0, 1}
     reasons = {reason for life in lives for reason in life.finish_reasons.values()}
     assert reasons == {"stop", "length", "abort", "error"}
 
@@ -180,7 +215,40 @@ def _release_window_a_page_early(self, request):
             request.num_window_released[group] = first_needed
 
 
-publish, make_room = RequestPages.publish, Composer._make_room
+def _pending_prefills_in_runs_too(self, lane):
+    runs = [(request, request.run) for request in self._running]
+    for request, _ in runs:
+        request.run = None
+    try:
+        return pending_prefills(self, lane)
+    finally:
+        for request, run in runs:
+            request.run = run
+
+
+def _first_of_all(self):
+    return min(self, key=lambda run: run.lead.rank, default=None)
+
+
+def _land_as_ended(self, run, plan, result, now):
+    return land_part(self, run, plan, replace(result, cursor=None), now)
+
+
+def _drop_as_computed(self, run):
+    progress = [(request, request.next_start, request.num_expected_tokens) for request in run.requests]
+    drop(self, run)
+    for request, next_start, num_expected_tokens in progress:
+        if request.status is RequestStatus.RUNNING:
+            request.next_start, request.num_expected_tokens = next_start, num_expected_tokens
+
+
+def _end_forgetting_copies(self, run):
+    end_run(self, run)
+    run.copy_sources = []
+
+
+publish, make_room, pending_prefills = RequestPages.publish, Composer._make_room, Composer._pending_prefills
+land_part, drop, end_run = RunLives.land_part, RunLives.drop, RunLives._end
 
 ABLATIONS = {
     "pages wait for plans in flight": mock.patch.object(Scheduler, "_drain", _release_pages_at_once),
@@ -207,6 +275,15 @@ ABLATIONS = {
         "_make_room",
         lambda self, request, *rest: bool(self._running.ranked_below(request)) and make_room(self, request, *rest),
     ),
+    "what a run holds is in no other plan": mock.patch.object(
+        Composer, "_pending_prefills", _pending_prefills_in_runs_too
+    ),
+    "a part waits for the result of the one before": mock.patch.multiple(
+        RunTable, first_resting=_first_of_all, in_flight=lambda self: None
+    ),
+    "a part begins where its run rests": mock.patch.object(RunLives, "land_part", _land_as_ended),
+    "what a dropped run computed is forgotten": mock.patch.object(RunLives, "drop", _drop_as_computed),
+    "a dropped run's copies are not trusted": mock.patch.object(RunLives, "_end", _end_forgetting_copies),
 }
 
 
@@ -217,6 +294,12 @@ def test_the_checks_fail_when_a_mechanism_is_switched_off(mechanism):
         overrides = {"kv_group_windows": (5,), "enable_prefix_caching": False}
     if mechanism == "a lone request gives up its twins":
         overrides = {"num_pages": 12, "kv_group_windows": (0,), "enable_prefix_caching": True, "watermark": 0.0}
+    if mechanism == "a dropped run's copies are not trusted":
+        overrides = {
+            "lanes": "50:50", "prefill": "operator", "num_pages": 16, "kv_group_windows": (0,), "min_copy_tokens": 1,
+            "max_num_batched_tokens": 64, "max_num_seqs": 5, "enable_prefix_caching": True, "max_prefill_chunk": 0,
+            "watermark": 0.0,
+        }  # fmt: skip
 
     def live():
         for seed in range(200):

@@ -17,7 +17,8 @@ from scheduler import (
 )
 from scheduler.policy import Policy, policy_named, register_policy
 from scheduler.queues import RunningList, WaitingQueue
-from tests.scheduler.fake_runner import STOP_TOKEN_ID, CheckedScheduler, reference_output
+from tests.scheduler.checked_scheduler import CheckedScheduler
+from tests.scheduler.fake_runner import STOP_TOKEN_ID, reference_output
 
 CONFIG = SchedulerConfig(
     num_pages=16, page_size=4, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64, min_copy_tokens=2

@@ -20,7 +20,7 @@ from scheduler.simulator.step_log import StepLog
 from scheduler.simulator.traces import TraceRequest
 from scheduler.step import LanePlan
 from scheduler.step_shape import StepShape
-from tests.scheduler.fake_runner import CheckedScheduler
+from tests.scheduler.checked_scheduler import CheckedScheduler
 
 SPEC = ModelSpec("small", 256, 4, 4, 2, 64, 512, 1000)
 MACHINE = Machine("m", "test", 5e10, {"default": ClassRates(((1, 1e11), (64, 1e12)), 5e10, 1e-6)})
