@@ -75,8 +75,16 @@ void register_lanes(py::module_& module) {
           py::arg("frame"), py::arg("first_node"), py::arg("last_node"), py::arg("after") = RangeSignals{},
           "Queues nodes [first_node, last_node) of the frame; returns a ticket at once. It starts when all the ranges "
           "have ended whose signals `after` lists, and fails when one of them did.")
-      .def("signal_of", &Lane::signal_of, py::arg("ticket"),
-           "The end of a queued or running range, for submit's `after`; None when it has ended.")
+      .def(
+          "submit_with_signal",
+          [](Lane& lane, const std::shared_ptr<Frame>& frame, int first, int last, RangeSignals after) {
+            auto on_cpu = std::dynamic_pointer_cast<CpuFrame>(frame);
+            PARTITA_CHECK(on_cpu != nullptr, "frame: got one of another device, wanted one of this lane's");
+            const uint64_t ticket = lane.submit(on_cpu, first, last, std::move(after));
+            return py::make_tuple(ticket, on_cpu->last_claimed);
+          },
+          py::arg("frame"), py::arg("first_node"), py::arg("last_node"), py::arg("after") = RangeSignals{},
+          "As submit; returns (ticket, signal of the range's end).")
       .def("request_stop", &Lane::request_stop, py::arg("ticket"),
            "Asks a range to stop before its next node; the frame's cursor tells where it rests.")
       .def("set_tracing", &Lane::set_tracing, py::arg("on"));
@@ -108,7 +116,16 @@ void register_lanes(py::module_& module) {
           },
           py::arg("frame"), py::arg("first_node"), py::arg("last_node"), py::arg("after") = RangeSignals{},
           "As Lane.submit.")
-      .def("signal_of", &GpuLane::signal_of, py::arg("ticket"), "As Lane.signal_of.")
+      .def(
+          "submit_with_signal",
+          [](GpuLane& lane, const std::shared_ptr<Frame>& frame, int first, int last, RangeSignals after) {
+            auto on_gpu = std::dynamic_pointer_cast<GpuFrame>(frame);
+            PARTITA_CHECK(on_gpu != nullptr, "frame: got one of another device, wanted one of this lane's");
+            const uint64_t ticket = lane.submit(on_gpu, first, last, std::move(after));
+            return py::make_tuple(ticket, on_gpu->last_claimed);
+          },
+          py::arg("frame"), py::arg("first_node"), py::arg("last_node"), py::arg("after") = RangeSignals{},
+          "As submit; returns (ticket, signal of the range's end).")
       .def("request_stop", &GpuLane::request_stop, py::arg("ticket"),
            "Asks a range to stop before the next node that is not launched yet.")
       .def(

@@ -125,14 +125,6 @@ uint64_t GpuLane::enqueue(std::shared_ptr<GpuFrame> frame, int first, int last, 
   return ticket;
 }
 
-std::shared_ptr<RangeSignal> GpuLane::signal_of(uint64_t ticket) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  for (const auto& executions : {queue_, in_flight_})
-    for (const auto& execution : executions)
-      if (execution->ticket == ticket) return execution->signal;
-  return nullptr;
-}
-
 void GpuLane::request_stop(uint64_t ticket) {
   const std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& executions : {queue_, in_flight_})

@@ -46,7 +46,6 @@ class GpuLane {
 
   // As Lane's. A stop takes effect before the next node that is not launched yet.
   uint64_t submit(std::shared_ptr<GpuFrame> frame, int first, int last, RangeSignals after = {});
-  std::shared_ptr<RangeSignal> signal_of(uint64_t ticket);
   void request_stop(uint64_t ticket);
   // Queues the capture of every row bucket's decode graph, for greedy rows and for rows that draw, as steps of nothing
   // but padding in this frame's staging block; otherwise a graph is captured when a step first wants it. Its completion

@@ -186,13 +186,6 @@ uint64_t Lane::submit(std::shared_ptr<CpuFrame> frame, int first, int last, Rang
   return ticket;
 }
 
-std::shared_ptr<RangeSignal> Lane::signal_of(uint64_t ticket) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  for (const auto& execution : executions_)
-    if (execution->ticket == ticket) return execution->signal;
-  return nullptr;
-}
-
 void Lane::request_stop(uint64_t ticket) {
   const std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& execution : executions_)

@@ -39,8 +39,6 @@ class Lane {
   // stopped it fails too. Throws ValueError for another start, a frame without a step, or a frame with a queued range
   // that it does not come after.
   uint64_t submit(std::shared_ptr<CpuFrame> frame, int first, int last, RangeSignals after = {});
-  // The end of a range; null when no range with this ticket is queued or running.
-  std::shared_ptr<RangeSignal> signal_of(uint64_t ticket);
   // Asks a queued or running range to stop before its next node; nothing happens if it has finished.
   void request_stop(uint64_t ticket);
   void set_tracing(bool on) { is_tracing_.store(on); }

@@ -119,6 +119,10 @@ class Engine:
             f"lanes     {self._runner.bank.describe()}",
         ]
 
+    def describe_nano_batches(self) -> list[str]:
+        """What was found of nano-batches, kind of step by kind; empty where they are off."""
+        return self._scheduler.nano.describe() if self._scheduler.nano is not None else []
+
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Waits until no request is queued or running."""
         return self._idle.wait(timeout_s)
@@ -160,7 +164,7 @@ class Engine:
         events: list = []
         deltas: list[Delta] = []
         logprobs: dict[str, list] = {}
-        for completion in completions:
+        for completion in filter(None, map(self._runner.gather, completions)):
             events.append(LaneFinished(self._finish(completion, now, logprobs)))
         while self._inbox:
             event = self._event_of(self._inbox.popleft(), deltas)
@@ -190,7 +194,7 @@ class Engine:
             logprobs.setdefault(request_id, []).append(entry)
         if self._trace is not None:
             self._trace.add(completion, plan)
-        if self._cost_model is not None and self._num_steps % _OBSERVE_EVERY == 0 and not completion["error"]:
+        if not completion["error"]:
             self._observe(completion, plan)
         self._num_steps += 1
         self._num_step_tokens += plan.num_tokens
@@ -198,10 +202,12 @@ class Engine:
         return result
 
     def _observe(self, completion: dict, plan) -> None:
-        """The cost model hears what a step took that ran whole and alone."""
-        is_whole = plan.node_range is None and not completion["was_stopped"]
-        if is_whole and self._scheduler.config.num_lanes == 1:
-            seconds = (completion["end_ns"] - completion["start_ns"]) / 1e9
+        """What a step took that ran whole and alone: for the cost model and for nano-batches on trial."""
+        if self._scheduler.config.num_lanes > 1 or plan.node_range is not None or completion["was_stopped"]:
+            return
+        seconds = (completion["end_ns"] - completion["start_ns"]) / 1e9
+        self._scheduler.hear_step(plan, seconds)
+        if self._cost_model is not None and plan.nano is None and self._num_steps % _OBSERVE_EVERY == 0:
             self._cost_model.observe(shape_of(plan.requests, self._cost_model.window), seconds, plan.share)
 
     def _event_of(self, message: Submit | Abort, deltas: list[Delta]):
@@ -290,7 +296,7 @@ class Engine:
         self._inbox.clear()
         self._sampling.clear()
         while self._runner.num_in_flight:  # lanes finish what they hold: frames must not die under them
-            for completion in self._runner.completions.wait_any(1.0):
+            for completion in filter(None, map(self._runner.gather, self._runner.completions.wait_any(1.0))):
                 self._runner.finish(completion, lambda _request_id: False)
         self._publish(deltas)
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from scheduler.nanobatch import MAX_NANO_BATCHES
+
 logger = logging.getLogger("partita.engine")
 
 # Prompts that go through the program in parts go whole, up to so many tokens.
@@ -111,7 +113,7 @@ def _plan_on_gpu(args, config, device, program, layouts, longest: int):
     has_roles = preset.lanes != "off"
     reserved = device.reserved_bytes(
         program, layouts, max_num_seqs=args.max_num_seqs, max_tokens=max_tokens, max_model_len=longest,
-        num_frames=FRAMES_PER_LANE * (2 if has_roles else 1) + _resting_runs(args, preset),
+        num_frames=FRAMES_PER_LANE * (2 if has_roles else 1) + _resting_runs(args, preset) + _nano_frames(preset),
         num_decode_lanes=_num_decode_lanes(preset.lanes),
     )  # fmt: skip
     available = max(device.gpu.free_bytes - reserved, 0)
@@ -141,6 +143,11 @@ def _resting_runs(args, preset) -> int:
     return args.max_resting_runs if preset.lanes == "auto" or preset.prefill != "token" else 0
 
 
+def _nano_frames(preset) -> int:
+    """Two plans are in flight, and a third one's results are being read."""
+    return 0 if preset.nano_batches == "off" else 3 * MAX_NANO_BATCHES
+
+
 def _num_decode_lanes(lanes: str) -> int:
     """Parts of the chip on which decodes may run: all of it, and what rungs leave."""
     if lanes == "off":
@@ -151,6 +158,7 @@ def _num_decode_lanes(lanes: str) -> int:
 def start_engine(loaded: LoadedModel, args, on_deltas: Callable, trace=None):
     """An Engine over a loaded model, its thread running."""
     from runtime import _native
+    from runtime.describe_model import spec_of
     from runtime.engine import Engine, EngineConfig
     from runtime.lane_bank import LaneBank
     from runtime.model_runner import ModelRunner
@@ -160,7 +168,8 @@ def start_engine(loaded: LoadedModel, args, on_deltas: Callable, trace=None):
     device, preset = loaded.device, _preset(args)
     max_num_batched_tokens = _batched_tokens(args, device)
     completions = _native.CompletionQueue()
-    bank = LaneBank(device, completions, preset.lanes, args.max_num_seqs, is_traced=trace is not None)
+    has_nano = preset.nano_batches != "off"
+    bank = LaneBank(device, completions, preset.lanes, args.max_num_seqs, trace is not None, has_nano)
     scheduler_config = replace(
         preset, num_pages=kv_plan.num_pages, page_size=kv_plan.page_size, max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, max_model_len=kv_plan.max_model_len,
@@ -168,11 +177,12 @@ def start_engine(loaded: LoadedModel, args, on_deltas: Callable, trace=None):
         enable_prefix_caching=args.enable_prefix_caching, rungs=bank.rungs, num_nodes=loaded.program.num_nodes,
         layer_starts=layer_starts(loaded.program), max_resting_runs=args.max_resting_runs,
     )  # fmt: skip
-    scheduler = Scheduler(scheduler_config, calibrated_model(loaded, args))
+    spec = spec_of(loaded, args.kv_codecs) if has_nano else None
+    scheduler = Scheduler(scheduler_config, calibrated_model(loaded, args), spec)
     runner = ModelRunner(
         loaded.program, kv_plan, device, vocab_size=config.vocab_size, max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, bank=bank, completions=completions,
-        max_resting_runs=_resting_runs(args, preset),
+        max_resting_runs=_resting_runs(args, preset), num_nano_frames=_nano_frames(preset),
     )  # fmt: skip
     if args.capture_at_start and args.cuda_graphs and device.gpu is not None:
         runner.capture_graphs()

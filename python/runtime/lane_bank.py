@@ -14,13 +14,25 @@ from scheduler.arrangement import DECODE_LANE, PREFILL_LANE
 from scheduler.config import parse_lanes
 
 WHOLE = 1.0
-_ROLE_NAMES = {DECODE_LANE: "decode", PREFILL_LANE: "prefill"}
+# Beside the scheduler's lanes: the two over which a step's nano-batches interleave.
+NANO_COMPUTE, NANO_MEMORY = 2, 3
+_ROLE_NAMES = {
+    DECODE_LANE: "decode", PREFILL_LANE: "prefill", NANO_COMPUTE: "nano-batches, compute", NANO_MEMORY: "memory",
+}  # fmt: skip
 
 
 class LaneBank:
     """``lanes``: off, auto or P:D, as the flag has it. Raises ValueError for a cut that the chip cannot have."""
 
-    def __init__(self, device, completions, lanes: str, max_num_seqs: int, is_traced: bool = False):
+    def __init__(
+        self,
+        device,
+        completions,
+        lanes: str,
+        max_num_seqs: int,
+        is_traced: bool = False,
+        has_nano_batches: bool = False,
+    ):
         self._lanes: dict[tuple[int, float], Any] = {}  # (role, share) ->
         self._roles: list[int] = []  # of native lanes, by their index
         self._texts: list[str] = []
@@ -29,6 +41,8 @@ class LaneBank:
             self._add(DECODE_LANE, WHOLE, device.engine_lane(0, completions, max_num_seqs))
         else:
             self._open_roles(device, completions, lanes, max_num_seqs)
+        if has_nano_batches:
+            self._open_nano(device, completions)
         for lane in self.native_lanes:
             lane.set_tracing(is_traced)
 
@@ -54,6 +68,17 @@ class LaneBank:
                 self._add(role, share, lane)
                 self._texts.append(f"{_ROLE_NAMES[role]} {share:.0%}: {text}")
 
+    def _open_nano(self, device, completions) -> None:
+        """At every cut: compute operators on the first part, memory operators on the second; a chip that cannot be cut is
+        all of it for both."""
+        partitions = self._nano_partitions = device.partitions(_cuts_wanted(None))
+        for share in partitions.rungs or (WHOLE,):
+            for role, part in ((NANO_COMPUTE, share), (NANO_MEMORY, 1.0 - share if partitions.rungs else WHOLE)):
+                lane, text = partitions.lane(len(self._roles), completions, role == NANO_COMPUTE, part, 0)
+                self._add(role, part, lane)
+                self._texts.append(f"{_ROLE_NAMES[role]} {part:.0%}: {text}")
+        self.rungs = self.rungs or partitions.rungs
+
     def _add(self, role: int, share: float, lane) -> None:
         self._lanes[role, share] = lane
         self._roles.append(role)
@@ -64,7 +89,8 @@ class LaneBank:
 
     @property
     def num_roles(self) -> int:
-        return len(set(self._roles))
+        """Lanes of the scheduler."""
+        return len({role for role in self._roles if role in (DECODE_LANE, PREFILL_LANE)})
 
     def role_of(self, native_index: int) -> int:
         return self._roles[native_index]

@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime import _native
-from runtime.lane_bank import LaneBank
+from runtime.lane_bank import NANO_COMPUTE, NANO_MEMORY, LaneBank
 from runtime.messages import TokenLogprobs
+from runtime.nano_runner import NanoFlight, NanoRunner
 from runtime.run_frames import RunFrames
 from scheduler.step import DropRun, LanePlan, LaneResult, Order
 
 # Frames rest in a ring: one running, one queued behind it, one whose results are being read.
 FRAMES_PER_LANE = 3
+_NANO_TICKET = -1  # its ranges have tickets of their own
 
 
 @dataclass(slots=True)
@@ -28,7 +30,8 @@ class _Flight:
 
     plan: LanePlan
     frame: object
-    lane: object  # native
+    lane: object  # native; None: a step in nano-batches, on lanes of its own
+    nano: NanoFlight | None = None
     ticket: int = 0  # 0: held back until the plans before it, on another native lane, have ended
     is_pausing: bool = False
 
@@ -38,7 +41,7 @@ class ModelRunner:
 
     def __init__(
         self, program, kv_plan, device, *, vocab_size: int, max_num_seqs: int, max_num_batched_tokens: int,
-        bank: LaneBank, completions, max_resting_runs: int = 0,
+        bank: LaneBank, completions, max_resting_runs: int = 0, num_nano_frames: int = 0,
     ):  # fmt: skip
         """``device``: of the program (runtime.devices). ``bank``: its lanes, which report to ``completions``."""
         self.program = program
@@ -51,7 +54,8 @@ class ModelRunner:
         self.bank = bank
         self._frame_sizes = (max_num_batched_tokens, max_num_seqs)
         at_start = FRAMES_PER_LANE * bank.num_roles
-        self._frames = RunFrames(self._new_frame, at_start, at_start + max_resting_runs)
+        self._frames = RunFrames(self._new_frame, at_start, at_start + max_resting_runs + num_nano_frames)
+        self._nano = NanoRunner(bank, self._frames)
         # Plans of each role in flight, oldest first.
         self._flights: list[deque[_Flight]] = [deque() for _ in range(bank.num_roles)]
 
@@ -83,8 +87,14 @@ class ModelRunner:
     def launch(self, plan: LanePlan) -> None:
         """Prepares a frame for the plan, or takes the one of its run, and queues it on the lane of its share. Raises
         ValueError when the plan is malformed."""
-        frame = self._frames.resume(plan.continues) if plan.continues else self._prepared_frame(plan)
-        flight = _Flight(plan, frame, self.bank.lane(plan.lane, plan.share))
+        if plan.continues:
+            flight = _Flight(plan, self._frames.resume(plan.continues), self.bank.lane(plan.lane, plan.share))
+        else:
+            self._append_pages(plan)
+            if plan.nano is not None:
+                flight = _Flight(plan, None, None, self._nano.prepare(plan))
+            else:
+                flight = _Flight(plan, self._prepared_frame(plan), self.bank.lane(plan.lane, plan.share))
         flights = self._flights[plan.lane]
         # Plans of a role follow each other, also when the border has moved: what one native lane runs is over before
         # another begins.
@@ -92,16 +102,19 @@ class ModelRunner:
             self._submit(flight)
         flights.append(flight)
 
-    def _prepared_frame(self, plan: LanePlan):
+    def _append_pages(self, plan: LanePlan) -> None:
         num_arena_pages = self.kv_plan.num_pages
         for reset in plan.resets:
             for group, pages in enumerate(reset.pages):
                 self.rows.set_pages(reset.row, group, 0, pages, num_arena_pages)
-        quadruples = array("i")
         for scheduled in plan.requests:
             for group, pages in enumerate(scheduled.new_pages):
                 if pages:
                     self.rows.append_pages(scheduled.row, group, pages, num_arena_pages)
+
+    def _prepared_frame(self, plan: LanePlan):
+        quadruples = array("i")
+        for scheduled in plan.requests:
             quadruples.extend((scheduled.row, scheduled.start, scheduled.num_tokens, scheduled.samples))
         frame = self._frames.take()
         try:
@@ -112,6 +125,10 @@ class ModelRunner:
         return frame
 
     def _submit(self, flight: _Flight) -> None:
+        if flight.nano is not None:
+            self._nano.submit(flight.plan, flight.nano)
+            flight.ticket = _NANO_TICKET
+            return
         first, last = flight.plan.node_range or (0, self.program.num_nodes)
         flight.ticket = flight.lane.submit(flight.frame, first, last)
         if flight.is_pausing:
@@ -126,35 +143,54 @@ class ModelRunner:
             for flight in self._flights[order.lane]:
                 if flight.plan.plan_id == order.plan_id:
                     flight.is_pausing = True
-                    if flight.ticket:
+                    if flight.ticket and flight.nano is None:
                         flight.lane.request_stop(flight.ticket)
 
+    def gather(self, completion: dict) -> dict | None:
+        """A range's completion as a plan's; None: other ranges of its step in nano-batches are still on their way."""
+        if self.bank.role_of(completion["lane"]) in (NANO_COMPUTE, NANO_MEMORY):
+            return self._nano.gather(completion)
+        return completion
+
     def finish(self, completion: dict, wants_logprobs) -> tuple[LaneResult, dict[str, TokenLogprobs], LanePlan]:
-        """A completion's plan and result. ``wants_logprobs(request_id)`` tells whose log probabilities to read."""
+        """The result of a completed plan, and the plan. ``wants_logprobs(request_id)`` tells whose log probabilities to
+        read."""
         role = self.bank.role_of(completion["lane"])
         flights = self._flights[role]
         flight = flights.popleft()
-        if flight.ticket != completion["ticket"]:
+        nano = completion.get("nano_flight")
+        if nano is not flight.nano or (nano is None and flight.ticket != completion["ticket"]):
             raise RuntimeError(f"lane {role}: ticket {completion['ticket']} came before {flight.ticket}")
         self._submit_held(flights)
         plan, frame = flight.plan, flight.frame
         logprobs: dict[str, TokenLogprobs] = {}
         if completion["error"]:
             failed = tuple((scheduled.request_id, completion["error"]) for scheduled in plan.requests)
-            self._frames.give_back(frame)
+            self._give_back(flight)
             return LaneResult(plan.plan_id, plan.lane, (), failed), logprobs, plan
         if completion["cursor"] < self.program.num_nodes:
             self._frames.rest(plan.run_id, frame)
             cursor = completion["cursor"] if completion["was_stopped"] else None
             return LaneResult(plan.plan_id, plan.lane, cursor=cursor), logprobs, plan
-        sampling = [scheduled.request_id for scheduled in plan.requests if scheduled.samples]
-        result = LaneResult(plan.plan_id, plan.lane, tuple(zip(sampling, frame.sampled_tokens(), strict=True)))
-        for logit_row, request_id in enumerate(sampling):
+        if nano is not None:
+            sampled = self._nano.sampled(nano)
+        else:
+            sampling = [scheduled.request_id for scheduled in plan.requests if scheduled.samples]
+            tokens = zip(sampling, frame.sampled_tokens(), strict=True)
+            sampled = [(request_id, token, frame, row) for row, (request_id, token) in enumerate(tokens)]
+        for request_id, _, of_frame, row in sampled:
             if wants_logprobs(request_id):
-                token, logprob, rank, top = frame.sampled_logprobs(logit_row)
+                token, logprob, rank, top = of_frame.sampled_logprobs(row)
                 logprobs[request_id] = TokenLogprobs(token, logprob, rank, tuple(top))
-        self._frames.give_back(frame)
+        result = LaneResult(plan.plan_id, plan.lane, tuple([each[:2] for each in sampled]))
+        self._give_back(flight)
         return result, logprobs, plan
+
+    def _give_back(self, flight: _Flight) -> None:
+        if flight.nano is not None:
+            self._nano.finish(flight.nano)
+        else:
+            self._frames.give_back(flight.frame)
 
     def _submit_held(self, flights: deque[_Flight]) -> None:
         """Plans behind one that has ended, as far as they go to the same native lane."""

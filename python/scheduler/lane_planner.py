@@ -36,19 +36,21 @@ class NextWork(NamedTuple):
     begins_run: bool = False  # the composition is a prefill that goes in parts
     run: PrefillRun | None = None
     last: int = 0
+    num_nano_batches: int = 1
 
 
 def controller_for(config: SchedulerConfig, policy: Policy, cost_model: CostModel | None) -> Controller | None:
     """None: one lane, prompts cut by tokens, no nano-batches: plans are the composer's and nothing else decides."""
     shares = parse_lanes(config.lanes)
-    num_nano_batches = int(config.nano_batches) if config.nano_batches.isdecimal() else 1
+    # 0: as many as pay, which is found out on live steps
+    num_nano_batches = {"off": 1, "auto": 0, "2": 2, "3": 3, "4": 4}[config.nano_batches]
     if shares is not None:
         share_of_prefill, share_of_decode = _at_rung(shares, config.rungs)
         text = f"--lanes {config.lanes}: prefill {share_of_prefill:.0%}, decode {share_of_decode:.0%}"
         return FixedArrangement(Arrangement(share_of_prefill, share_of_decode, config.prefill, reason=text))
     if policy.controller is not None and (config.lanes == "auto" or policy.lanes == config.lanes):
         return policy.controller(config, cost_model)
-    if config.lanes == "auto" or config.nano_batches == "auto":
+    if config.lanes == "auto":
         from scheduler.controllers.arbitration import Arbitration
 
         return Arbitration(config, cost_model)
@@ -112,7 +114,8 @@ class LanePlanner:
             share = arrangement.decode_share if self._outlook.has_prefill() else WHOLE_CHIP
             return NextWork(share, composition)
         if arrangement.granularity == "token" and not self._runs:
-            return NextWork(WHOLE_CHIP, self._composer.compose(lane, num_free_rows, is_idle, arrangement.token_budget))
+            composition = self._composer.compose(lane, num_free_rows, is_idle, arrangement.token_budget)
+            return NextWork(WHOLE_CHIP, composition, num_nano_batches=arrangement.num_nano_batches)
         return self._next_in_turn(arrangement, num_free_rows, is_idle)
 
     def _next_of_prompts(self, lane: int, num_in_flight: int, num_free_rows: int, is_idle: bool) -> NextWork | None:
@@ -244,7 +247,7 @@ def _describe(arrangement: Arrangement) -> str:
     """Short: what is counted."""
     text = arrangement.granularity
     if arrangement.num_nano_batches != 1:
-        text = f"{arrangement.num_nano_batches} nano-batches"
+        text = f"{arrangement.num_nano_batches or 'best'} nano-batches"
     if arrangement.is_spatial:
         return f"{arrangement.prefill_share * 100:.0f}:{arrangement.decode_share * 100:.0f} {text}"
     return f"one lane, {text}"

@@ -30,28 +30,27 @@ from scheduler.nanobatch import (
 from scheduler.nanobatch_orders import lock_step
 from scheduler.nanobatch_search import SMALL_STEP_TOKENS, TILE_TOKENS, NanoStructure, search
 from scheduler.nanobatch_tables import ModelTable, NanoCosts, TypicalStep, lanes_along
-from scheduler.nanobatch_timeline import Operator, ranges_makespan_s, ranges_of
+from scheduler.nanobatch_timeline import ranges_of
 from scheduler.nanobatch_trial import NanoTrial
 from scheduler.step import LanePlan, ScheduledRequest
 from scheduler.step_shape import StepShape, shape_of
 
 # Layers are alike: what a few of them say about cuts and shares holds for all.
 SEARCHED_LAYERS = 4
-STEPS_PER_CALL = 2  # of the search, a few hundred microseconds
 # Predicted part of a step's time below which cutting is not worth trying.
 LEAST_PREDICTED_GAIN = 0.03
 _MAX_KEPT_RANGES = 512
 
 
-class _Found(NamedTuple):
-    """What the search said about a kind of step."""
+class _Question(NamedTuple):
+    """What is searched for."""
 
-    step: TypicalStep
-    by_num_nano: dict[int, NanoStructure]
+    kind: TypicalStep
+    num_nano: int  # 0: the best
 
-    @property
-    def best(self) -> NanoStructure | None:
-        return min(self.by_num_nano.values(), key=lambda structure: structure.makespan_s, default=None)
+
+class _Answer(NamedTuple):
+    structure: NanoStructure | None  # None: too few tokens
 
 
 class NanoPlanner:
@@ -69,8 +68,8 @@ class NanoPlanner:
             )
         self._window = self._spec.sliding_window if self._spec is not None else 0
         self._is_attention = tuple(node.kind == "attention" for node in self._nodes)
-        self._found: dict[TypicalStep, _Found] = {}
-        self._searches: dict[TypicalStep, Generator[None, None, _Found]] = {}
+        self._answers: dict[_Question, _Answer] = {}
+        self._searches: dict[_Question, Generator[None, None, NanoStructure | None]] = {}
         self._ranges: dict[tuple, tuple[NanoRange, ...]] = {}
         self._known_lanes: dict[tuple[TypicalStep, bool], tuple[int, ...]] = {}
         self.trial = NanoTrial()
@@ -91,21 +90,30 @@ class NanoPlanner:
             return self._equal_parts(requests, num_nano, num_tokens) if num_nano else self._decline("no cost model")
         shape = shape_of(requests, self._window)
         kind = kind_of(shape)
-        found = self._found.get(kind) or self._search_on(kind)
+        answer = self._search_on(_Question(kind, num_nano))
+        structure = answer.structure if answer is not None else None
         if num_nano:
-            structure = found.by_num_nano.get(num_nano) if found is not None else None
-            plan = self._fitted(requests, shape, found.step, structure) if structure is not None else None
+            plan = self._fitted(requests, shape, kind, structure) if structure is not None else None
             return plan if plan is not None else self._equal_parts(requests, num_nano, num_tokens)
-        if found is None:
+        if answer is None:
             return self._decline("this kind of step is being searched")
-        structure = found.best
         if structure is None or structure.gain < LEAST_PREDICTED_GAIN:
             return self._decline("one batch is as good by the cost model")
         if not self.trial.chooses_nano(kind):
             return self._decline(
                 "one batch, to compare with" if self.trial.verdict(kind) is None else "measured: no gain"
             )
-        return self._fitted(requests, shape, found.step, structure)
+        return self._fitted(requests, shape, kind, structure)
+
+    def predicted_gain(self, shape: StepShape) -> float:
+        """Part of a step's time that plan() would save as far as is known now, for who weighs arrangements; 0 where it
+        would leave the step whole. Searches nothing."""
+        kind = kind_of(shape)
+        answer = self._answers.get(_Question(kind, 0))
+        if answer is None or answer.structure is None or self.trial.verdict(kind) is False:
+            return 0.0
+        gain = answer.structure.gain
+        return gain if gain >= LEAST_PREDICTED_GAIN else 0.0
 
     def observe(self, plan: LanePlan, seconds: float) -> None:
         """A whole step took so long, cut or not: what the trial decides by."""
@@ -113,45 +121,53 @@ class NanoPlanner:
             kind = kind_of(shape_of(plan.requests, self._window))
             self.trial.observe(kind, plan.nano is not None, plan.num_tokens, seconds)
 
-    def prepare(self, steps: Iterable[TypicalStep]) -> None:
+    def prepare(self, steps: Iterable[TypicalStep], num_nano: int = 0) -> None:
         """Searches for steps like these at once (some 50 ms each)."""
         for step in steps:
-            kind = kind_of(step.shape(0, step.num_tokens, self._window))
-            while self._costs is not None and kind not in self._found:
-                self._search_on(kind)
+            question = _Question(kind_of(step.shape(0, step.num_tokens, self._window)), num_nano)
+            while self._costs is not None and self._search_on(question) is None:
+                pass
 
     def describe(self) -> list[str]:
         """For people: what was found for each kind of step, and what measurements said."""
         lines = []
-        for kind, found in self._found.items():
-            best = found.best
-            words = "too few tokens" if best is None else f"{best.token_counts} at {best.shares}: {best.gain:+.1%}"
+        for (kind, _), (structure,) in self._answers.items():
+            words = (
+                "too few tokens"
+                if structure is None
+                else (f"{structure.token_counts} tokens at shares {structure.shares}: {structure.gain:+.1%}")
+            )
             lines.append(f"{_kind_words(kind)}: by the model {words}")
-        return lines + [f"trial {line}" for line in self.trial.describe()]
+        return lines + [f"trial, {line}" for line in self.trial.describe(_kind_words)]
 
     # Searching
 
-    def _search_on(self, kind: TypicalStep) -> _Found | None:
-        steps = self._searches.get(kind)
+    def _search_on(self, question: _Question) -> _Answer | None:
+        """The answer, or one more piece of work on it."""
+        answer = self._answers.get(question)
+        if answer is not None:
+            return answer
+        steps = self._searches.get(question)
         if steps is None:
-            steps = self._searches[kind] = self._search(kind)
-        for _ in range(STEPS_PER_CALL):
-            try:
-                next(steps)
-            except StopIteration as end:
-                del self._searches[kind]
-                self._found[kind] = end.value
-                return end.value
-        return None
+            steps = self._searches[question] = self._search(*question)
+        try:
+            next(steps)
+        except StopIteration as end:
+            del self._searches[question]
+            answer = self._answers[question] = _Answer(end.value)
+        return answer
 
-    def _search(self, kind: TypicalStep) -> Generator[None, None, _Found]:
+    def _search(self, kind: TypicalStep, num_nano: int) -> Generator[None, None, NanoStructure | None]:
         few_layers, whole = ModelTable(self._costs, kind, SEARCHED_LAYERS), ModelTable(self._costs, kind)
-        by_num_nano: dict[int, NanoStructure] = {}
-        for num_nano in range(2, MAX_NANO_BATCHES + 1):
-            structure = yield from search(few_layers, num_nano, whole)
-            if structure is not None:
-                by_num_nano[num_nano] = structure
-        return _Found(kind, by_num_nano)
+        if num_nano:
+            return (yield from search(few_layers, num_nano, whole))
+        best: NanoStructure | None = None
+        for count in range(2, MAX_NANO_BATCHES + 1):
+            structure = yield from search(few_layers, count, whole)
+            if structure is None or (best is not None and structure.makespan_s >= best.makespan_s):
+                break  # more pieces read the weights more often; where one more does not help, two do not
+            best = structure
+        return best
 
     # From a structure to a plan
 
@@ -273,23 +289,3 @@ def fit_counts(
     bounds.append(num_tokens)
     counts = tuple(last - first for first, last in pairwise(bounds))
     return counts if min(counts) > 0 else None
-
-
-def nano_makespan_s(plan: LanePlan, costs: NanoCosts) -> float:
-    """What a step in nano-batches takes by the cost model: each lane at its share, in the order of the ranges, drawing
-    from the same memory. Raises ValueError if the plan has no nano-batches."""
-    nano = plan.nano
-    if nano is None:
-        raise ValueError(f"nano_makespan_s: plan {plan.plan_id} has no nano-batches")
-    model = costs.model
-    lanes = [[0] * len(costs.nodes) for _ in range(nano.num_nano)]
-    for entry in nano.ranges:
-        lanes[entry.nano][entry.first : entry.last] = [entry.lane] * (entry.last - entry.first)
-    chains: list[list[Operator]] = []
-    for index, piece in enumerate(split_requests(plan.requests, nano.token_counts)):
-        chains.append(list(costs.chain(shape_of(piece, model.window), lanes[index], nano.shares)))
-    for entry in nano.ranges:
-        if entry.after:
-            first = chains[entry.nano][entry.first]
-            chains[entry.nano][entry.first] = first._replace(alone_s=first.alone_s + costs.handoff_s)
-    return model.machine.step_overhead_s + ranges_makespan_s(nano.ranges, chains, costs.contention)

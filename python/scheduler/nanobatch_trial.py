@@ -7,8 +7,9 @@ this kind stay whole. The question is asked again rarely, and ever more rarely w
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from statistics import median
+from typing import Any
 
 TRIAL_STEPS = 8  # of a kind, half of them cut
 REQUIRED_GAIN = 0.03  # of seconds per token
@@ -76,9 +77,9 @@ class NanoTrial:
         state = self._kinds.get(kind)
         return state.uses_nano if state is not None else None
 
-    def describe(self) -> list[str]:
-        """One line per kind that was tried, in the order of the first try."""
-        return [f"{kind}: {_words(state)}" for kind, state in self._kinds.items()]
+    def describe(self, kind_words: Callable[[Any], str] = str) -> list[str]:
+        """One line per kind that was tried, in the order of the first try. kind_words: how to name a kind."""
+        return [f"{kind_words(kind)}: {_words(state)}" for kind, state in self._kinds.items()]
 
 
 def _decide(state: _Kind) -> None:

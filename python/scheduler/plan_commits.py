@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from scheduler.composer import Composition
 from scheduler.config import SchedulerConfig
+from scheduler.nanobatch import NanoPlan
 from scheduler.prefill_run import PrefillRun
 from scheduler.prefix_cache import PrefixNode
 from scheduler.queues import RunningList
@@ -47,14 +49,11 @@ class PlanCommits:
         self._num_plans = 0
 
     def step(
-        self,
-        composition: Composition,
-        now: float,
-        share: float,
-        run_bounds: tuple[int, ...] | None = None,
-        last: int = 0,
-    ) -> LanePlan:
-        """run_bounds: where the parts of a prefill end that goes in parts; the first ends before node `last`."""
+        self, composition: Composition, now: float, share: float, run_bounds: tuple[int, ...] | None = None, last: int = 0,
+        cut: Callable[[Sequence[ScheduledRequest]], NanoPlan | None] | None = None,
+    ) -> LanePlan:  # fmt: skip
+        """run_bounds: where the parts of a prefill end that goes in parts; the first ends before node `last`. cut: says how
+        the step goes in nano-batches."""
         lane, pages = composition.lane, self._pages
         for request, match in composition.admissions:
             pages.take_match(request, match)
@@ -88,6 +87,7 @@ class PlanCommits:
             admissions=tuple(admissions),
             resets=tuple(resets),
             copies=tuple(copies),
+            nano=cut(scheduled) if cut is not None else None,
         )
         if run_bounds is None:
             self.lanes[lane].append(Flight(plan, requests, copy_sources))

@@ -133,3 +133,5 @@ register_policy(Policy("fcfs"))
 # What continuous batching did before chunks were mixed in; here to be compared with.
 register_policy(Policy("prefill-first", mixes=False))
 register_policy(Policy("fastgen", token_budget=splitfuse_token_budget))
+
+import scheduler.controllers.presets  # noqa: E402, F401  registers the published systems

@@ -18,7 +18,7 @@ Single-threaded: the engine's thread calls everything here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -27,6 +27,9 @@ from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel
 from scheduler.goodput import GoodputCounter, GoodputStats, outcome_of
 from scheduler.lane_planner import LanePlanner, controller_for
+from scheduler.model_spec import ModelSpec
+from scheduler.nanobatch import NanoPlan
+from scheduler.nanobatch_planner import NanoPlanner
 from scheduler.outlook import Outlook
 from scheduler.plan_commits import PlanCommits
 from scheduler.policy import policy_named, with_preset
@@ -44,6 +47,7 @@ from scheduler.step import (
     LanePlan,
     LaneResult,
     Order,
+    ScheduledRequest,
     Timer,
     TokenOutput,
 )
@@ -74,8 +78,11 @@ class SchedulerStats(NamedTuple):
 
 
 class Scheduler:
-    def __init__(self, config: SchedulerConfig, cost_model: CostModel | None = None) -> None:
-        """cost_model: of this machine, for policies that predict; None: they go by their fixed limits."""
+    def __init__(
+        self, config: SchedulerConfig, cost_model: CostModel | None = None, spec: ModelSpec | None = None
+    ) -> None:
+        """cost_model: of this machine, for policies that predict; None: they go by their fixed limits. spec: what the
+        program's nodes are, where no cost model knows it; only nano-batches ask."""
         config = with_preset(config)
         self.config = config
         self.cost_model = cost_model
@@ -101,6 +108,7 @@ class Scheduler:
         self._run_lives = RunLives(
             config.num_nodes, self._runs, self._pages, self._order, preempt=self._preempt, drained=self._drained
         )
+        self.nano = NanoPlanner(config, cost_model, spec) if config.nano_batches != "off" else None
         self._commits = PlanCommits(
             config, self._pages, self._running, self._run_lives, cost_model.window if cost_model is not None else 0
         )
@@ -398,6 +406,16 @@ class Scheduler:
                     break  # else a preemption made room for those who wait
         return plans
 
+    def _cut(self, requests: Sequence[ScheduledRequest]) -> NanoPlan | None:
+        if self.nano is None:
+            return None
+        return self.nano.plan(requests, self._planner.arrangement.num_nano_batches)
+
+    def hear_step(self, plan: LanePlan, seconds: float) -> None:
+        """A whole step took so long, alone on the chip: whether nano-batches pay is found out so."""
+        if self.nano is not None:
+            self.nano.observe(plan, seconds)
+
     def _rerank(self, now: float) -> None:
         """Who has lost its chance to be in time makes way for who has not."""
         for request, rank in self._order.due(now):
@@ -423,7 +441,8 @@ class Scheduler:
                     plans.append(self._commits.part(lane, work.run, work.last, now, work.share))
                 elif work.composition.shares:
                     bounds = planner.bounds_of(work.composition.num_tokens) if work.begins_run else None
-                    plans.append(self._commits.step(work.composition, now, work.share, bounds, work.last))
+                    cut = self._cut if work.num_nano_batches != 1 else None
+                    plans.append(self._commits.step(work.composition, now, work.share, bounds, work.last, cut))
                 elif not work.composition.has_preempted:
                     break
         run = planner.run_to_pause()

@@ -45,6 +45,14 @@ class StepTrace:
                     "dur": (node_end_ns - node_start_ns) / 1e3, "pid": 0, "tid": lane, "args": {"plan": plan.plan_id},
                 }
             )  # fmt: skip
+        for node, node_start_ns, node_end_ns, nano_lane, nano in completion.get("nano_spans", ()):
+            events.append(
+                {
+                    "name": self._node_names[node], "cat": "node", "ph": "X", "ts": node_start_ns / 1e3,
+                    "dur": (node_end_ns - node_start_ns) / 1e3, "pid": 0, "tid": nano_lane,
+                    "args": {"plan": plan.plan_id, "nano_batch": nano},
+                }
+            )  # fmt: skip
         with self._lock:
             self._events.extend(events)
             if len(self._events) > self.MAX_EVENTS:

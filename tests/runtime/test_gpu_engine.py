@@ -126,11 +126,11 @@ def test_answers_do_not_depend_on_batches_chunks_cached_pages_or_graphs(device, 
 
     with running_engine(llama_path, **args, max_num_batched_tokens=80, enable_prefix_caching=False) as engine:
         alone = [engine.run([prompt], max_tokens=6)[0] for prompt in prompts]
-        (lane,) = engine.engine._runner.lanes
+        (lane,) = engine.engine._runner.bank.native_lanes
         assert lane.num_graphs == 1 and lane.num_graph_steps >= 4 * 5
     with running_engine(llama_path, **args, max_num_batched_tokens=19) as engine:
         assert engine.run(prompts, max_tokens=6) == alone, "in a batch, in chunks"
-        (lane,) = engine.engine._runner.lanes
+        (lane,) = engine.engine._runner.bank.native_lanes
         assert lane.num_graph_steps > 0
         again = engine.wait(engine.submit(prompts[3] + alone[3], max_tokens=3))
         assert again.num_cached_tokens > 0
@@ -141,7 +141,7 @@ def test_answers_do_not_depend_on_batches_chunks_cached_pages_or_graphs(device, 
     ))  # fmt: skip
     with running_engine(llama_path, **{**args, "loaded": without}, max_num_batched_tokens=80) as engine:
         assert engine.run(prompts, max_tokens=6) == alone, "without graphs"
-        (lane,) = engine.engine._runner.lanes
+        (lane,) = engine.engine._runner.bank.native_lanes
         assert lane.num_graphs == lane.num_graph_steps == 0
 
 
@@ -151,7 +151,7 @@ def test_graphs_captured_at_start_give_the_same_answers(device, llama_path, fast
     with running_engine(llama_path, **args) as engine:
         expected = engine.run(prompts, max_tokens=5) + engine.run(prompts, max_tokens=5, temperature=1.0, seed=3)
     with running_engine(llama_path, **args, capture_at_start=True) as engine:
-        (lane,) = engine.engine._runner.lanes
+        (lane,) = engine.engine._runner.bank.native_lanes
         assert lane.num_graphs == 2 * len(_native.decode_buckets(4)) and lane.num_graph_steps == 0
         answers = engine.run(prompts, max_tokens=5) + engine.run(prompts, max_tokens=5, temperature=1.0, seed=3)
         assert answers == expected

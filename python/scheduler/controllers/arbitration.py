@@ -111,7 +111,8 @@ class Arbitration:
         if candidate.kind == "turns":
             room_s = 1e9 if allowed_s is None else max(allowed_s - decode_s, 0.0)
             return Arrangement(granularity="operator", segment_s=max(room_s, 1e-6), reason=text)
-        return Arrangement(token_budget=self._budget(outlook, decodes, allowed_s), reason=text)
+        budget, num_nano = self._budget(outlook, decodes, allowed_s), 0 if self._config.nano_batches == "auto" else 1
+        return Arrangement(token_budget=budget, num_nano_batches=num_nano, reason=text)
 
     def _choose(self, outlook: Outlook, decodes: Decodes) -> Candidate:
         candidates = self._predict(self._sizes(outlook, decodes))

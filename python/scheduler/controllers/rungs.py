@@ -1,0 +1,24 @@
+"""The shares of the chip that a controller may give a lane."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from scheduler.config import SchedulerConfig
+
+HALF = (0.5,)  # what a machine offers that says nothing: two cores are one and one
+
+
+def cuts(config: SchedulerConfig) -> tuple[float, ...]:
+    """Shares of the prefill lane where the decode lane has the rest, ascending."""
+    return config.rungs or HALF
+
+
+def ladder(config: SchedulerConfig) -> tuple[float, ...]:
+    """Shares that either lane may have when they may overlap, ascending; the whole chip is the last."""
+    return (*cuts(config), 1.0)
+
+
+def nearest(shares: Sequence[float], share: float) -> int:
+    """The place of the nearest share; of two the smaller."""
+    return min(range(len(shares)), key=lambda place: (abs(shares[place] - share), place))

@@ -1,0 +1,128 @@
+"""S-EDF: of the prompts that can still be in time the earliest deadline first, then those that cannot (FlowPrefill, arXiv
+2602.16603).
+
+slack = (deadline - now) - max(predicted - executed, 0). While a prompt waits its slack falls as fast as the clock, so the
+moment at which it becomes hopeless is known in advance: deadline - remaining. Moments are kept in a heap and nothing is
+scanned; a moment that has come is checked again, because work may have been done meanwhile.
+
+The deadline is that of the first token: arrival + ttft_s, or else arrival + deadline_s, by which the first token is due at
+the latest. A request with neither is ranked as if it had PATIENCE_S, but never becomes hopeless: it gives way to those that
+are in a hurry, goes in order of arrival among its kind, and comes first when it has waited longest. Hopeless ones are served
+when nobody else has a prompt pending, later deadlines first as the authors have it. Priority comes before all of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from heapq import heapify, heappop, heappush
+
+from scheduler.config import SchedulerConfig
+from scheduler.controllers.ttft_prediction import TtftPredictor
+from scheduler.cost_model import CostModel
+from scheduler.request import Request
+
+PATIENCE_S = 30.0  # how long a request without a target lets others go first
+
+
+def first_token_deadline_s(request: Request) -> float | None:
+    """On the clock of arrivals."""
+    if request.ttft_s is not None:
+        return request.arrival_s + request.ttft_s
+    if request.deadline_s is not None:
+        return request.arrival_s + request.deadline_s
+    return None
+
+
+class _Entry:
+    __slots__ = ("deadline_s", "executed_s", "executing_since_s", "predicted_s", "request", "sequence")
+
+    def __init__(self, request: Request, sequence: int, deadline_s: float, predicted_s: float) -> None:
+        self.request = request
+        self.sequence = sequence
+        self.deadline_s = deadline_s
+        self.predicted_s = predicted_s
+        self.executed_s = 0.0
+        self.executing_since_s: float | None = None
+
+    def remaining_s(self, now: float) -> float:
+        executed_s = self.executed_s
+        if self.executing_since_s is not None:
+            executed_s += now - self.executing_since_s
+        return max(self.predicted_s - executed_s, 0.0)
+
+
+class SlackOrder:
+    """A PrefillOrder. Deterministic: equal moments are taken in order of arrival."""
+
+    def __init__(self, config: SchedulerConfig, cost_model: CostModel | None) -> None:
+        self._predictor = TtftPredictor(cost_model, config.max_num_batched_tokens)
+        self._entries: dict[str, _Entry] = {}
+        self._moments: list[tuple[float, int, _Entry]] = []
+
+    def rank(self, request: Request, sequence: int, now: float) -> tuple:
+        deadline_s = first_token_deadline_s(request)
+        if deadline_s is None:
+            return (request.priority, 0, request.arrival_s + PATIENCE_S, sequence)
+        entry = _Entry(request, sequence, deadline_s, self._predictor.prompt_s(request.num_prompt_tokens))
+        self._entries[request.request_id] = entry
+        if self.slack_s(request, now) <= 0.0:
+            return self._hopeless_rank(entry)
+        self._watch(entry, now)
+        return (request.priority, 0, deadline_s, sequence)
+
+    def slack_s(self, request: Request, now: float) -> float:
+        """Seconds it could wait and still be in time. Raises KeyError for one without a deadline or whose prompt is done."""
+        entry = self._entries[request.request_id]
+        return entry.deadline_s - now - entry.remaining_s(now)
+
+    def due(self, now: float) -> Iterator[tuple[Request, tuple]]:
+        moments = self._moments
+        while moments and moments[0][0] <= now:
+            _, _, entry = heappop(moments)
+            request = entry.request
+            if self._entries.get(request.request_id) is not entry:
+                continue
+            if request.first_token_s is not None:
+                del self._entries[request.request_id]
+                continue
+            self._learn_progress(entry)
+            if self.slack_s(request, now) > 0.0:
+                self._watch(entry, now)
+            else:
+                yield request, self._hopeless_rank(entry)
+
+    def started(self, request: Request, now: float) -> None:
+        entry = self._entries.get(request.request_id)
+        if entry is None:
+            return
+        if entry.executed_s == 0.0 and request.num_cached_tokens:
+            num_tokens = request.num_prompt_tokens - request.num_cached_tokens
+            entry.predicted_s = self._predictor.prompt_s(num_tokens, request.num_cached_tokens)
+        entry.executing_since_s = now
+
+    def paused(self, request: Request, executed_s: float, now: float) -> None:
+        entry = self._entries.get(request.request_id)
+        if entry is not None:
+            entry.executed_s, entry.executing_since_s = executed_s, None
+
+    def ended(self, request: Request) -> None:
+        self._entries.pop(request.request_id, None)
+        if len(self._moments) > 2 * len(self._entries) + 64:  # those that left are dropped when they are the most
+            self._moments = [item for item in self._moments if self._entries.get(item[2].request.request_id) is item[2]]
+            heapify(self._moments)
+
+    def _watch(self, entry: _Entry, now: float) -> None:
+        """While it executes its moment moves on with the clock; it is looked at again when it would have come by now."""
+        heappush(self._moments, (entry.deadline_s - entry.remaining_s(now), entry.sequence, entry))
+
+    def _learn_progress(self, entry: _Entry) -> None:
+        """Prompts that are cut by tokens tell nobody when they execute: what they still have to do says how far they are."""
+        request = entry.request
+        num_done = request.next_start
+        if request.run is None and num_done > 0 and entry.executing_since_s is None:
+            entry.predicted_s = self._predictor.prompt_s(max(request.num_known_tokens - num_done, 0), num_done)
+            entry.executed_s = 0.0
+
+    @staticmethod
+    def _hopeless_rank(entry: _Entry) -> tuple:
+        return (entry.request.priority, 1, -entry.deadline_s, entry.sequence)
