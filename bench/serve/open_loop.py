@@ -1,11 +1,12 @@
 """Open-loop load on an engine in this process: classes of requests that arrive by themselves, and what each of them felt.
 
-A Trace is drawn once, from a seed; every configuration gets the same requests at the same times. Prompts are random tokens, so
-nothing is shared; answers have the drawn lengths, whatever is sampled.
+A trace is drawn once, from a seed; every configuration gets the same requests at the same times. Prompts are random tokens,
+so nothing is shared; answers have the drawn lengths, whatever is sampled.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -67,7 +68,7 @@ class Felt:
 
     def outcome(self):
         kind = self.request.kind
-        end_s = self.end_s if self.end_s is not None else float("inf")
+        end_s = self.end_s if self.end_s is not None else math.inf
         return outcome_of(
             kind.ttft_s, kind.tpot_s, None, first_token_s=self.ttft_s, end_s=end_s, num_tokens=len(self.token_s)
         )
@@ -178,9 +179,15 @@ class OpenLoop:
         )
 
 
+def _percentile(ordered: list[float], percent: float) -> float:
+    """Of ascending seconds, among them such that never came."""
+    place = math.ceil((len(ordered) - 1) * percent / 100)
+    return ordered[place] if ordered and ordered[place] == math.inf else percentile(ordered, percent)
+
+
 def summarise(result: LoadResult) -> dict[str, float]:
     """Numbers of one run, seconds and per second. A request without an answer counts as infinitely late."""
-    felt, never = result.felt, float("inf")
+    felt, never = result.felt, math.inf
     outcomes = [one.outcome() for one in felt]
     num_tokens = sum(len(one.token_s) for one in felt)
     line: dict[str, float] = {
@@ -196,13 +203,13 @@ def summarise(result: LoadResult) -> dict[str, float]:
         of_kind = [one for one in felt if one.request.kind is kind]
         ttft = sorted(never if one.ttft_s is None else one.ttft_s for one in of_kind)
         for percent in (50, 90, 99):
-            line[f"{kind.name}_ttft_p{percent}_s"] = percentile(ttft, percent)
+            line[f"{kind.name}_ttft_p{percent}_s"] = _percentile(ttft, percent)
         line[f"{kind.name}_ttft_attainment"] = sum(one.outcome().ttft is not False for one in of_kind) / len(of_kind)
     tpot = sorted(one.tpot_s for one in felt if one.tpot_s is not None)
     gaps = sorted(gap for one in felt for gap in one.inter_token_s)
     for name, values in (("tpot", tpot), ("itl", gaps)):
         for percent in (50, 90, 99):
-            line[f"{name}_p{percent}_s"] = percentile(values, percent) if values else never
+            line[f"{name}_p{percent}_s"] = _percentile(values, percent) if values else never
     line |= {f"steps_{name}": count for name, count in result.steps.items()}
     line |= {f"lane{lane}_busy": seconds / result.duration_s for lane, seconds in sorted(result.busy_s.items())}
     if result.stats is not None:
