@@ -32,7 +32,7 @@ class StepLog:
         """What a lane's completion queue would have said of the step."""
         plan, model = step.plan, self.model
         durations = model.node_durations_s(shape_of(plan.requests, model.window), plan.share)
-        first, last = step.first, step.last
+        first, last = step.first, step.last or model.num_nodes  # a scheduler that was told no nodes runs whole steps
         total_s = sum(seconds for _, seconds in durations[first:last]) or 1.0
         stretch = (step.end_ns - step.start_ns) / total_s
         spans, at_ns = [], float(step.start_ns)
