@@ -26,7 +26,7 @@ from bench.serve.open_loop import LoadRequest, OpenLoop, RequestClass, draw_trac
 from bench.serve.other_load import OtherLoad, wait_until_quiet
 from runtime.calibrate import cpu_name
 from runtime.engine_args import EngineArgs
-from runtime.engine_loader import load_model
+from runtime.engine_loader import calibrated_model, load_model
 
 CHAT_PROMPT, CHAT_OUTPUT = (30, 200), (30, 120)
 LONG_PROMPT, LONG_OUTPUT = (1000, 3000), (10, 50)
@@ -178,6 +178,14 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def load_calibrated(parser: argparse.ArgumentParser, args: EngineArgs):
+    """The loaded model; without a machine file half of the configurations would not be what they are called."""
+    loaded = load_model(args)
+    if calibrated_model(loaded, args) is None:
+        parser.error(f"no machine file for {loaded.name} on this machine: run `partita calibrate {args.model}` first")
+    return loaded
+
+
 def engine_args(namespace: argparse.Namespace) -> EngineArgs:
     return EngineArgs(
         model=namespace.model, kv_memory=namespace.kv_memory, max_model_len=namespace.max_model_len,
@@ -203,7 +211,7 @@ def main() -> None:
         parser.error(f"--configurations: got {', '.join(unknown)}, wanted some of {', '.join(CONFIGURATIONS)}")
 
     args = engine_args(namespace)
-    loaded = load_model(args)
+    loaded = load_calibrated(parser, args)
     chat = RequestClass("chat", 1.0 - namespace.long_share, CHAT_PROMPT, CHAT_OUTPUT)
     alone_ttft_s, alone_tpot_s = one_alone(loaded, args, chat)
     ttft_s = namespace.ttft_ms / 1e3 if namespace.ttft_ms else 8 * alone_ttft_s

@@ -14,10 +14,9 @@ import argparse
 import json
 from dataclasses import replace
 
-from bench.serve.arrangements import add_engine_arguments, capacity_of, engine_args, one_alone, run_all
+from bench.serve.arrangements import add_engine_arguments, capacity_of, engine_args, load_calibrated, one_alone, run_all
 from bench.serve.open_loop import RequestClass, draw_trace
 from runtime.calibrate import cpu_name
-from runtime.engine_loader import load_model
 
 FRAME_TOKENS = 3072
 CONFIGURATIONS: dict[str, dict] = {
@@ -47,7 +46,7 @@ def main() -> None:
         )
 
     args = engine_args(namespace)
-    loaded = load_model(args)
+    loaded = load_calibrated(parser, args)
     output = (namespace.output_tokens, namespace.output_tokens)
     short, long = RequestClass("short", 0.0, (30, 150), output), RequestClass("long", 0.0, (2000, 3000), output)
     fcfs = replace(args, **CONFIGURATIONS["fcfs"])
