@@ -14,6 +14,7 @@ register_policy(Policy("layered", prefill="layer"))
 register_policy(Policy("flowprefill", prefill="operator", order=SlackOrder, run_budget=slo_aware_run_budget))
 register_policy(Policy("semi-pd", lanes="auto", controller=SemiPd))
 register_policy(Policy("nexus", lanes="auto", rank=shortest_then_aged, controller=Nexus))
+register_policy(Policy("nanoflow", nano_batches="auto"))
 register_policy(Policy("two-lanes", lanes="100:100"))  # un-partitioned: both lanes have the whole chip
 register_policy(
     Policy("arbitrate", lanes="auto", order=GoodputOrder, run_budget=slo_aware_run_budget, controller=Arbitration)
