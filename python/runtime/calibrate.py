@@ -60,7 +60,8 @@ def fit_grid(max_tokens: int):
     from runtime.measured_steps import StepKind
 
     decodes = [StepKind(n, context) for n in (1, 2, 4, 8, 16, 32) for context in (32, 400)]
-    decodes += [StepKind(64, context) for context in (32, 200)] + [StepKind(n, 1600) for n in (1, 4)]
+    decodes += [StepKind(64, context) for context in (32, 200)]
+    decodes += [StepKind(1, 1600), StepKind(2, 1200), StepKind(4, 1600), StepKind(8, 1200), StepKind(16, 800)]
     chunks = [StepKind(0, 0, 1, n, start) for n in (16, 32, 64, 128, 256, 512) for start in (0, 512)]
     chunks += [StepKind(0, 0, 1, 256, 1400), StepKind(0, 0, 8, 16, 0), StepKind(0, 0, 4, 64, 0)]
     return [kind for kind in decodes + chunks if sum(n for _, n in kind.parts) <= max_tokens]
@@ -77,18 +78,18 @@ def held_out_grid(max_tokens: int):
     return [kind for kind in kinds if sum(n for _, n in kind.parts) <= max_tokens]
 
 
-def calibrate(loaded, spec, *, num_runs: int = 9, seconds: float = 45.0, log=print):
+def calibrate(loaded, spec, args, *, num_runs: int = 9, seconds: float = 45.0, log=print):
     """The Machine fitted to `loaded` on this machine, its held_out_error set. `log(line)` hears of the findings."""
     from runtime import _native
     from runtime.fit_rates import fit_classes, fit_saturation
+    from runtime.measured_engine import measure_engine
     from runtime.measured_steps import StepBench, StepKind
     from scheduler.cost_model import CostModel
     from scheduler.machine import Machine
 
     started_s = time.monotonic()
     max_tokens = 512
-    cores = _native.usable_core_ids()
-    whole = [cores[i % len(cores)] for i in range(loaded.device.threads)]
+    whole = loaded.device.engine_cores()
     bench = StepBench(loaded, [whole], max_tokens, 64)
     fitted = [kind for kind in fit_grid(max_tokens) if bench.fits(kind)]
     held_out = [kind for kind in held_out_grid(max_tokens) if bench.fits(kind)]
@@ -97,8 +98,8 @@ def calibrate(loaded, spec, *, num_runs: int = 9, seconds: float = 45.0, log=pri
     steps, judged = measured[: len(fitted)], measured[len(fitted) :]
     classes = fit_classes(steps, spec)
     decode, chunk = StepKind(4, 64), StepKind(0, 0, 1, min(256, max_tokens), 0)
-    gap_s = bench.gap_s(StepKind(1, 32))
-    node_sum_gap_s = statistics.median(step.step_s - sum(step.node_s) for step in steps)
+    between_nodes_s = statistics.median(step.step_s - sum(step.node_s) for step in steps)
+    overlap_gain = 0.0
     rungs, saturation, shared = (1.0,), fit_saturation({1.0: 1.0}, {1.0: 1.0}), classes["linear"].bytes_per_s
     if len(whole) >= 2 and len(set(whole)) == len(whole):
         half = len(whole) // 2
@@ -112,14 +113,23 @@ def calibrate(loaded, spec, *, num_runs: int = 9, seconds: float = 45.0, log=pri
         rungs = tuple(sorted({share, 1.0 - share, 1.0}))
         draft = Machine("draft", "", classes["linear"].bytes_per_s, classes, saturation=saturation)
         shared = _shared_rate(split, spec, draft, decode, chunk, share, num_runs, log)
+        overlap_gain = StepBench(loaded, [whole, whole], max_tokens, 64).overlap_gain(decode, chunk, 1.0)
+        log(f"two lanes of all cores each yield {1.0 + overlap_gain:.2f} of one after the other")
+    engine = measure_engine(loaded, args)
+    log(
+        f"engine    {engine.gap_s * 1e6:.0f} us between steps, results heard after {engine.result_delay_s * 1e6:.0f} us, "
+        f"host {engine.host_s_per_step * 1e6:.0f} us a step and {engine.host_s_per_request * 1e6:.1f} us a request"
+    )
     machine = Machine(
         name=f"{cpu_name()}, {len(whole)} threads",
         source=f"measured by partita calibrate on {time.strftime('%Y-%m-%d')}, {_native.active_cpu_isa()}",
         shared_bytes_per_s=shared,
         classes=classes,
         memory_bytes=float(spec.weight_bytes + loaded.kv_plan.arena_bytes),
-        step_overhead_s=gap_s + max(0.0, node_sum_gap_s),
-        result_delay_s=bench.result_delay_s(StepKind(1, 32)),
+        step_overhead_s=engine.gap_s,
+        result_delay_s=engine.result_delay_s,
+        host_s_per_step=max(0.0, between_nodes_s),
+        overlap_gain=overlap_gain,
         saturation=saturation,
         rungs=rungs,
         model=spec.name,
@@ -127,11 +137,16 @@ def calibrate(loaded, spec, *, num_runs: int = 9, seconds: float = 45.0, log=pri
     model = CostModel(spec, machine)
     errors = []
     for step in judged:
-        predicted_s = model.step_s(step.shape) - gap_s  # a measured step ends with its last node
+        predicted_s = model.within_step_s(step.shape)
         errors.append(predicted_s / step.step_s - 1.0)
         log(f"held out  {_shown(step.kind):<34} measured {step.step_s * 1e3:8.2f} ms  model {errors[-1]:+7.1%}")
     absolute = sorted(abs(error) for error in errors)
-    return replace(machine, held_out_error=statistics.median(absolute)), absolute
+    # Held-out steps ran without the engine's thread.
+    machine = replace(
+        machine, held_out_error=statistics.median(absolute), host_s_per_request=engine.host_s_per_request,
+        host_s_per_step=machine.host_s_per_step + engine.host_s_per_step,
+    )  # fmt: skip
+    return machine, absolute
 
 
 def _shared_rate(split, spec, machine, decode, chunk, share: float, num_runs: int, log) -> float:
@@ -183,7 +198,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m runtime.ca
     try:
         loaded = load_model(args)
         spec = spec_of(loaded, args.kv_codecs)
-        machine, errors = calibrate(loaded, spec, num_runs=namespace.runs, seconds=namespace.seconds)
+        machine, errors = calibrate(loaded, spec, args, num_runs=namespace.runs, seconds=namespace.seconds)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     path = Path(namespace.output) if namespace.output else machine_file(loaded, args.kv_dtype)

@@ -74,15 +74,18 @@ class CpuDevice:
     def row_store(self, num_rows: int, max_tokens: int, num_groups: int, page_size: int, vocab_size: int) -> Any:
         return _native.RowStore(num_rows, max_tokens, num_groups, page_size, vocab_size)
 
-    def engine_lane(self, lane_idx: int, completions, max_num_seqs: int) -> Any:
-        """A lane for an engine: a worker on each core; with more threads than cores, cores repeat."""
+    def engine_cores(self) -> list[int]:
+        """A core for each thread; with more threads than cores, cores repeat."""
         cores = _native.usable_core_ids()
-        return self.lane(lane_idx, completions, [cores[index % len(cores)] for index in range(self.threads)])
+        return [cores[index % len(cores)] for index in range(self.threads)]
+
+    def engine_lane(self, lane_idx: int, completions, max_num_seqs: int) -> Any:
+        """A lane for an engine: a worker on each core."""
+        return self.lane(lane_idx, completions, self.engine_cores())
 
     def partitions(self, cuts) -> CorePartitions:
         """The cores of an engine, to be cut for lanes near these shares."""
-        cores = _native.usable_core_ids()
-        return CorePartitions([cores[index % len(cores)] for index in range(self.threads)], cuts)
+        return CorePartitions(self.engine_cores(), cuts)
 
     def lane(self, lane_idx: int, completions, cores: list[int] | None = None) -> Any:
         """A lane on the given cores, a worker each; None: this device's threads, wherever the system likes."""

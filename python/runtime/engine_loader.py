@@ -169,7 +169,8 @@ def start_engine(loaded: LoadedModel, args, on_deltas: Callable, trace=None):
     max_num_batched_tokens = _batched_tokens(args, device)
     completions = _native.CompletionQueue()
     has_nano = preset.nano_batches != "off"
-    bank = LaneBank(device, completions, preset.lanes, args.max_num_seqs, trace is not None, has_nano)
+    is_traced = trace is not None and trace.has_nodes
+    bank = LaneBank(device, completions, preset.lanes, args.max_num_seqs, is_traced, has_nano)
     scheduler_config = replace(
         preset, num_pages=kv_plan.num_pages, page_size=kv_plan.page_size, max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, max_model_len=kv_plan.max_model_len,

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from runtime import _native
 from scheduler.step import ScheduledRequest
 from scheduler.step_shape import StepShape, shape_of
+
+# Steps of decodes follow steps of decodes, mostly. For some 30 ms after a large step a small one takes up to 1.5 times as
+# long, as the large one has pushed weights and KV out of the caches.
+SETTLE_S = 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +108,18 @@ class StepBench:
     def measure_all(
         self, kinds: Sequence[StepKind], num_rounds: int, until_s: float = math.inf, lane: int = 0
     ) -> list[MeasuredStep]:
-        """Every kind once a round, so that a busy second spoils one run of many kinds and not all runs of one; in another
-        order each round, because a small step is slower for some 100 ms after a large one. Ends after a round that passed
-        `until_s` on the monotonic clock; the first round always ends."""
+        """Every kind once a round, in another order each round, so that a busy second spoils one run of many kinds and
+        not all runs of one. In a round a kind is run until SETTLE_S have passed, and its last run counts. Ends after a
+        round that passed `until_s` on the monotonic clock; the first round always ends."""
         frame, best, order = self.new_frame(), {}, list(range(len(kinds)))
         for round_idx in range(num_rounds):
             random.Random(round_idx).shuffle(order)
             for index in order:
                 kind = kinds[index]
+                settled_s = time.monotonic() + SETTLE_S
                 completion = self.run(self.prepare(frame, kind), lane)
+                while time.monotonic() < settled_s:
+                    completion = self.run(self.prepare(frame, kind), lane)
                 duration_ns = completion["end_ns"] - completion["start_ns"]
                 if index not in best or duration_ns < best[index]["end_ns"] - best[index]["start_ns"]:
                     best[index] = completion
@@ -126,6 +133,16 @@ class StepBench:
             node_s[node] += (end_ns - start_ns) / 1e9
         step_s = (completion["end_ns"] - completion["start_ns"]) / 1e9
         return MeasuredStep(kind, kind.shape(self.window), step_s, tuple(node_s))
+
+    def run_times_s(self, kind: StepKind, num_runs: int, lane: int = 0) -> list[float]:
+        """Of runs in a row, the first of which have passed."""
+        frame, times = self.new_frame(), []
+        settled_s = time.monotonic() + SETTLE_S
+        while len(times) < num_runs:
+            completion = self.run(self.prepare(frame, kind), lane)
+            if time.monotonic() >= settled_s:
+                times.append((completion["end_ns"] - completion["start_ns"]) / 1e9)
+        return times
 
     def run(self, frame, lane: int = 0) -> dict:
         self.lanes[lane].submit(frame, 0, self.program.num_nodes)
@@ -141,53 +158,55 @@ class StepBench:
                 raise RuntimeError(f"calibration step failed: {completion['error']}")
         return done
 
-    def gap_s(self, kind: StepKind, num_steps: int = 8) -> float:
-        """From the end of a step to the start of the next one that is queued behind it."""
+    def beside(
+        self, kind: StepKind, other: StepKind, num_runs: int, seconds: float = 0.0
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """(start_ns, end_ns) of each run of `kind` on lane 0 while lane 1 runs `other` without pause, and of those; for at
+        least num_runs runs and so many seconds."""
         num_rows, num_pages = len(kind.parts), kind.num_pages(self.plan.page_size) * self.plan.num_groups
-        num_steps = min(num_steps, self._max_requests // num_rows, self.plan.num_pages // num_pages)
-        frames = [self.prepare(self.new_frame(), kind, i * num_rows, i * num_pages) for i in range(num_steps)]
-        for frame in frames:
-            self.lanes[0].submit(frame, 0, self.program.num_nodes)
-        done = sorted(self.wait(num_steps), key=lambda completion: completion["start_ns"])
-        gaps = sorted(after["start_ns"] - before["end_ns"] for before, after in pairwise(done))
-        return max(0.0, gaps[len(gaps) // 2] / 1e9) if gaps else 0.0
-
-    def result_delay_s(self, kind: StepKind, num_steps: int = 9) -> float:
-        """From the end of a step to this thread knowing of it."""
-        frame, delays = self.new_frame(), []
-        for _ in range(num_steps):
-            completion = self.run(self.prepare(frame, kind))
-            delays.append(time.monotonic() - completion["end_ns"] / 1e9)
-        delays.sort()
-        return max(0.0, delays[len(delays) // 2])
-
-    def slow_down(self, kind: StepKind, other: StepKind, num_runs: int) -> float:
-        """How much longer `kind` takes on lane 0 while lane 1 runs `other` without pause, as a ratio of fastest runs."""
-        alone_s = self.measure(kind, num_runs).step_s
-        num_rows, num_pages = len(kind.parts), kind.num_pages(self.plan.page_size) * self.plan.num_groups
-        watched, beside = self.new_frame(), [self.new_frame(), self.new_frame()]
-        num_beside, in_flight, durations = 0, 0, []
+        watched, frames = self.new_frame(), [self.new_frame(), self.new_frame()]
+        num_others, in_flight, until_s = 0, 0, time.monotonic() + seconds
+        spans: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
 
         def submit_other() -> None:
-            nonlocal num_beside, in_flight
-            frame = self.prepare(beside[num_beside % 2], other, num_rows, num_pages)
+            nonlocal num_others, in_flight
+            frame = self.prepare(frames[num_others % 2], other, num_rows, num_pages)
             self.lanes[1].submit(frame, 0, self.program.num_nodes)
-            num_beside += 1
+            num_others += 1
             in_flight += 1
 
         submit_other()
         submit_other()
-        while len(durations) < num_runs:
+        while len(spans[0]) < num_runs or time.monotonic() < until_s:
             self.lanes[0].submit(self.prepare(watched, kind), 0, self.program.num_nodes)
             is_running = True
             while is_running:
                 for completion in self.wait(1):
+                    spans[completion["lane"]].append((completion["start_ns"], completion["end_ns"]))
                     if completion["lane"] == 0:
-                        durations.append((completion["end_ns"] - completion["start_ns"]) / 1e9)
                         is_running = False
                     else:
                         in_flight -= 1
                         submit_other()
         if in_flight:
             self.wait(in_flight)
-        return min(durations) / alone_s
+        return spans
+
+    def slow_down(self, kind: StepKind, other: StepKind, num_runs: int) -> float:
+        """How much longer `kind` takes on lane 0 while lane 1 runs `other` without pause, as a ratio of fastest runs."""
+        fastest_ns = min(end - start for start, end in self.beside(kind, other, num_runs)[0])
+        return fastest_ns / 1e9 / self.measure(kind, num_runs).step_s
+
+    def overlap_gain(self, kind: StepKind, other: StepKind, seconds: float) -> float:
+        """What two lanes that have all cores each yield at once, above one after the other, 0 to 1: the seconds that their
+        steps would take alone, over the time in which both were there. Of the other's step that the end cuts, the part
+        before the end counts."""
+        alone_ns = [statistics.median(self.run_times_s(one, 9)) * 1e9 for one in (kind, other)]
+        ours, others = self.beside(kind, other, 1, seconds)
+        start_ns, end_ns = ours[0][0], ours[-1][1]
+        done_ns = len(ours) * alone_ns[0]
+        for other_start_ns, other_end_ns in others:
+            inside_ns = min(other_end_ns, end_ns) - max(other_start_ns, start_ns)
+            if inside_ns > 0:
+                done_ns += alone_ns[1] * inside_ns / (other_end_ns - other_start_ns)
+        return min(max(done_ns / (end_ns - start_ns) - 1.0, 0.0), 1.0)

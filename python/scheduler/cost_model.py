@@ -2,7 +2,7 @@
 
 Per node: overhead + rows * row time + max(operations / compute rate, bytes / memory rate). The compute rate depends on
 the rows and on the share of the machine, the memory rate on the share and on what other lanes draw meanwhile. A step is
-the sum of its nodes.
+the sum of its nodes, the gap before it, and what the host's own thread takes from it.
 
     model = CostModel(spec, Machine.load("h100-sxm"))
     model.step_s(shape)                            # alone on the whole machine
@@ -123,6 +123,15 @@ class CostModel:
 
     # Predictions
 
+    def overhead_s(self, shape: StepShape) -> float:
+        """Of a plan beside its nodes: the gap before it and the host's part of it."""
+        machine = self.machine
+        return machine.step_overhead_s + machine.host_s_per_step + machine.host_s_per_request * shape.num_requests
+
+    def within_step_s(self, shape: StepShape, share: float = 1.0) -> float:
+        """From the start of a step's first node to the end of its last, as a lane or a step trace tells it."""
+        return self.step_cost(shape, share).alone_s - self.machine.step_overhead_s
+
     def step_s(self, shape: StepShape, share: float = 1.0) -> float:
         return self.step_cost(shape, share).alone_s
 
@@ -133,7 +142,7 @@ class CostModel:
     def step_cost(self, shape: StepShape, share: float = 1.0, node_range: tuple[int, int] | None = None) -> StepCost:
         """node_range: of the Program, None for all of it."""
         groups = self._groups if node_range is None else self._groups_in(*node_range)
-        return StepCost(self._segments(groups, shape, share), self.machine.step_overhead_s, self.machine)
+        return StepCost(self._segments(groups, shape, share), self.overhead_s(shape), self.machine)
 
     def _segments(self, groups: Sequence[tuple[NodeSpec, int]], shape: StepShape, share: float) -> list[Segment]:
         segments: list[Segment] = []
@@ -159,7 +168,7 @@ class CostModel:
         if other_demand > 0.0:
             return self.step_cost(shape, share, (first, last)).duration_s(other_demand)
         ends = self.node_ends_s(shape, share)
-        return self.machine.step_overhead_s + ends[last] - ends[first]
+        return self.overhead_s(shape) + ends[last] - ends[first]
 
     def node_ends_s(self, shape: StepShape, share: float = 1.0) -> list[float]:
         """Seconds from the start of a step's first node to the boundary before each node, alone: num_nodes + 1 ascending
@@ -181,7 +190,7 @@ class CostModel:
         one node. candidates: where it may end, ascending (the ends of layers); then at least up to the first of them
         behind `first`. Raises ValueError when none lies behind it."""
         ends = self.node_ends_s(shape, share)
-        limit_s += ends[first] - self.machine.step_overhead_s
+        limit_s += ends[first] - self.overhead_s(shape)
         if candidates is None:
             return max(bisect_right(ends, limit_s) - 1, first + 1)
         lowest = bisect_right(candidates, first)
@@ -200,7 +209,7 @@ class CostModel:
         """A plan of which the fraction `done` is over is asked to stop: the node before which it rests, and the fraction
         that is over then (1: it ends first). The nodes that the lane has launched ahead still run."""
         first, last = node_range or (0, self.num_nodes)
-        ends, overhead_s = self.node_ends_s(shape, share), self.machine.step_overhead_s
+        ends, overhead_s = self.node_ends_s(shape, share), self.overhead_s(shape)
         total_s = overhead_s + ends[last] - ends[first]
         now_s = done * total_s - overhead_s + ends[first]  # on the scale of `ends`
         if now_s <= ends[first]:
@@ -307,12 +316,14 @@ class CostModel:
         self, shape: StepShape, measured_s: float, share: float = 1.0, node_range: tuple[int, int] | None = None,
         other_demand: float = 0.0,
     ) -> None:  # fmt: skip
-        """A step, or these nodes of it, took measured_s, beside lanes that drew other_demand bytes/s. Each class is
-        corrected by its part of the step: one that is half of it takes half of the blame. Exponential, bounded."""
+        """A step, or these nodes of it, took measured_s from its first node to its last, beside lanes that drew
+        other_demand bytes/s. Each class is corrected by its part of the step: one that is half of it takes half of the
+        blame. Exponential, bounded."""
         cost = self.step_cost(shape, share, node_range)
-        if cost.alone_s <= 0.0 or measured_s <= 0.0:
+        predicted_s = cost.duration_s(other_demand) - self.machine.step_overhead_s
+        if predicted_s <= 0.0 or measured_s <= 0.0:
             return
-        ratio = measured_s / cost.duration_s(other_demand)
+        ratio = measured_s / predicted_s
         parts: dict[str, float] = {}
         for segment in cost.segments:
             parts[segment.node_class] = parts.get(segment.node_class, 0.0) + segment.duration_s

@@ -92,6 +92,9 @@ class Machine:
     classes: Mapping[str, ClassRates]  # of NODE_CLASSES; "default" stands for those not named
     memory_bytes: float = 0.0  # for weights and KV; 0: not known
     step_overhead_s: float = 0.0  # between a step's nodes and the next step's, when plans are queued ahead
+    # Within a step, beside its nodes: what the engine's thread takes from the cores that the step's lane wants.
+    host_s_per_step: float = 0.0
+    host_s_per_request: float = 0.0
     result_delay_s: float = 0.0  # from the end of a step to its result at the scheduler
     saturation: Saturation = field(default_factory=Saturation)
     contention: float = 1.0  # how much of the predicted slow-down by other lanes' traffic is felt
@@ -108,6 +111,8 @@ class Machine:
             raise ValueError(f"Machine.classes: unknown {sorted(unknown)}, missing {sorted(missing)} and no default")
         if self.shared_bytes_per_s <= 0 or not all(0 < rung <= 1 for rung in self.rungs):
             raise ValueError(f"Machine: got {self.shared_bytes_per_s} bytes/s, rungs {self.rungs}")
+        if min(self.step_overhead_s, self.host_s_per_step, self.host_s_per_request, self.result_delay_s) < 0:
+            raise ValueError("Machine: got an overhead, host time or delay below 0")
         if self.launch_ahead_nodes < 1 or self.overlap_gain < 0:
             raise ValueError(
                 f"Machine: got launch_ahead_nodes {self.launch_ahead_nodes}, overlap_gain {self.overlap_gain}, wanted at "

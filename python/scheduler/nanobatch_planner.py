@@ -6,7 +6,7 @@
 
 Kinds that were not met before are searched a few hundred microseconds per call of plan() (nanobatch_kinds.py). Until then
 steps stay whole, or are cut in equal parts where nano-batches were asked for. No clock is asked: the same calls give the
-same plans, in real and in simulated time. prepare() searches at once, at start.
+same plans, in real and in simulated time. Kinds that a full step may be are searched at start, some 50 ms each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from scheduler.nanobatch import (
     cut_chunks,
     split_requests,
 )
-from scheduler.nanobatch_cost import nano_makespan_s  # noqa: F401 (the simulator asks for it here)
 from scheduler.nanobatch_kinds import LEAST_PREDICTED_GAIN, KindSearch, fit_counts, kind_of, kind_words
 from scheduler.nanobatch_orders import lock_step
 from scheduler.nanobatch_search import SMALL_STEP_TOKENS, TILE_TOKENS, NanoStructure
@@ -57,6 +56,8 @@ class NanoPlanner:
         self._known_lanes: dict[tuple[TypicalStep, bool], tuple[int, ...]] = {}
         self.trial = NanoTrial()
         self.reason = ""  # of the latest answer
+        if config.nano_batches == "auto":
+            self.prepare(dense_steps(config))
 
     def plan(self, requests: Sequence[ScheduledRequest], num_nano: int = 0) -> NanoPlan | None:
         """How a step of these requests is cut; None: it is not, and `reason` says why.
@@ -82,10 +83,9 @@ class NanoPlanner:
             return self._decline("this kind of step is being searched")
         if structure is None or structure.gain < LEAST_PREDICTED_GAIN:
             return self._decline("one batch is as good by the cost model")
-        if not self.trial.chooses_nano(kind):
-            return self._decline(
-                "one batch, to compare with" if self.trial.verdict(kind) is None else "measured: no gain"
-            )
+        if not self.trial.chooses_nano(_trial_kind(kind)):
+            is_open = self.trial.verdict(_trial_kind(kind)) is None
+            return self._decline("one batch, to compare with" if is_open else "measured: no gain")
         return self._fitted(requests, shape, kind, structure)
 
     def predicted_gain(self, shape: StepShape) -> float:
@@ -93,7 +93,7 @@ class NanoPlanner:
         would leave the step whole. Searches nothing."""
         kind = kind_of(shape)
         answer = self._kinds.known(kind, 0) if self._kinds is not None else None
-        if answer is None or answer.structure is None or self.trial.verdict(kind) is False:
+        if answer is None or answer.structure is None or self.trial.verdict(_trial_kind(kind)) is False:
             return 0.0
         gain = answer.structure.gain
         return gain if gain >= LEAST_PREDICTED_GAIN else 0.0
@@ -102,7 +102,7 @@ class NanoPlanner:
         """A whole step took so long, cut or not: what the trial decides by."""
         if self._costs is not None and plan.node_range is None:
             kind = kind_of(shape_of(plan.requests, self._window))
-            self.trial.observe(kind, plan.nano is not None, plan.num_tokens, seconds)
+            self.trial.observe(_trial_kind(kind), plan.nano is not None, plan.num_tokens, seconds)
 
     def prepare(self, steps: Iterable[TypicalStep], num_nano: int = 0) -> None:
         """Searches for steps like these at once (some 50 ms each)."""
@@ -181,6 +181,21 @@ def class_lanes(spec: ModelSpec, shape: StepShape) -> tuple[int, ...]:
         is_idle = node.num_rows(shape) == 0 or node.kind == "copy_pages"
         classes.append(None if is_idle else int(node.resource_class(shape) == "memory") * MEMORY_LANE)
     return lanes_along(classes)
+
+
+def _trial_kind(kind: TypicalStep) -> TypicalStep:
+    """What is measured together: the context before a chunk changes little of what cutting gains."""
+    return kind._replace(chunk_start=0)
+
+
+def dense_steps(config: SchedulerConfig) -> list[TypicalStep]:
+    """Steps that are full, as they are under load: what is searched at start, for others to borrow from."""
+    steps, most = [], config.max_num_batched_tokens
+    for num_decodes in (config.max_num_seqs, config.max_num_seqs // 2, config.max_num_seqs // 4):
+        for decode_kv in (512, 2048, 8192):
+            if 0 < num_decodes < most and decode_kv <= config.max_model_len:
+                steps.append(TypicalStep(num_decodes, decode_kv, most - num_decodes, 0))
+    return steps
 
 
 def equal_counts(num_tokens: int, num_nano: int) -> tuple[int, ...]:

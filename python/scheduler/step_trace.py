@@ -9,6 +9,8 @@ import threading
 class StepTrace:
     """Collects steps and their nodes; ``write`` may be called at any time and again."""
 
+    has_nodes = True  # lanes are to say when each node ran
+
     # A long-lived server keeps the last so many events.
     MAX_EVENTS = 2_000_000
 

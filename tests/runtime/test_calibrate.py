@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from typing import NamedTuple
 
 import pytest
 
-from runtime import calibrate
+from runtime import calibrate, measured_engine
 from runtime.fit_rates import fit_classes, fit_saturation, nonnegative_fit
+from runtime.measured_engine import line_above_zero
 from runtime.measured_steps import MeasuredStep, StepKind
 from scheduler.cost_model import CostModel
 from scheduler.machine import ClassRates, Machine
 from scheduler.model_spec import ModelSpec
+from scheduler.step import ScheduledRequest
 from tests.kit.tiny_models import write_tiny_model
 
 SPEC = ModelSpec("shown", 576, 6, 9, 3, 64, 1536, 49152, weight_format="Q4_1", output_format="Q8_0")
@@ -59,6 +62,32 @@ def test_nonnegative_fit_leaves_out_what_would_be_negative():
     assert min(nonnegative_fit([(1.0, x) for x in (1.0, 2.0, 3.0)], [3.0, 2.0, 1.0])) >= 0
 
 
+def test_a_line_that_stays_above_zero():
+    assert line_above_zero([1, 4, 16], [3.0, 6.0, 18.0]) == pytest.approx((2.0, 1.0))
+    assert line_above_zero([1, 4, 16], [1.0, 8.0, 40.0])[0] == 0.0  # through the origin, not below it
+    assert line_above_zero([1, 4, 16], [5.0, 4.0, 3.0]) == pytest.approx((4.0, 0.0))
+    assert line_above_zero([1, 4, 16], [-5.0, -4.0, -3.0]) == (0.0, 0.0)
+    assert line_above_zero([4], [2.0]) == (2.0, 0.0)
+
+
+class Plan(NamedTuple):
+    plan_id: int
+    requests: tuple
+
+
+def test_a_phase_of_the_engine_is_its_full_steps_and_the_gaps_between_neighbours():
+    def step(plan_id: int, start_us: int, num: int = 4, tokens: int = 1):
+        requests = tuple(ScheduledRequest(f"r{row}", row, 40, tokens, (), True) for row in range(num))
+        return Plan(plan_id, requests), start_us * 1000, (start_us + 900) * 1000, (start_us + 950) * 1000
+
+    started = [step(i, 1000 * i) for i in range(8)]
+    steps = [*started, step(8, 8000), step(9, 9000, tokens=2), step(10, 10000, num=3), step(11, 11000), step(12, 12050)]
+    phase = measured_engine._phase_of(steps, 4)
+    assert phase.steps_s == [pytest.approx(9e-4)] * 3
+    assert phase.gaps_s == [pytest.approx(1.5e-4)]  # steps 8 and 11 are no neighbours
+    assert phase.delays_s == [pytest.approx(5e-5)] * 3
+
+
 def test_the_command_saves_a_file_that_predicts_this_machine(tmp_path, capsys):
     path, _ = write_tiny_model("llama", tmp_path, max_position_embeddings=2048)
     output = tmp_path / "machine.json"
@@ -68,7 +97,9 @@ def test_the_command_saves_a_file_that_predicts_this_machine(tmp_path, capsys):
     assert machine.model == str(path) and machine.source.startswith("measured by partita calibrate")
     # A loaded machine measures badly; that it is of the right size at all is what can be asked in a test.
     assert 0 < machine.held_out_error < 1.0
-    assert machine.step_overhead_s < 0.05 and machine.result_delay_s < 0.05
+    assert 0 < machine.step_overhead_s < 0.05 and 0 < machine.result_delay_s < 0.05
+    assert 0 <= machine.host_s_per_step < 0.05 and 0 <= machine.host_s_per_request < 0.01
+    assert 0 <= machine.overlap_gain <= 1
     out = capsys.readouterr().out
     assert "held-out steps: median error" in out and str(output) in out
     assert StepKind(3, 150).num_pages(64) == 9

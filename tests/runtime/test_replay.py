@@ -23,8 +23,8 @@ def recorded(tmp_path_factory):
     assert loaded.kv_plan.num_pages < 60
     trace, kept = StepTrace(loaded.program.node_names), []
 
-    def make(config, cost_model):
-        kept.append(RecordingScheduler(config))
+    def make(config, cost_model, spec):
+        kept.append(RecordingScheduler(config, cost_model, spec))
         return kept[0]
 
     with pytest.MonkeyPatch.context() as patch:

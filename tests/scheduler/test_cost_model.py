@@ -158,6 +158,24 @@ def test_refinement_finds_a_machine_that_is_slower_than_its_file_and_stays_bound
     assert model.guarded_step_s(DECODES) >= model.step_s(DECODES)
 
 
+def test_the_hosts_part_of_a_step_counts_everywhere_but_in_its_nodes():
+    plain = CostModel(SPEC, machine(step_overhead_s=3e-5))
+    host = CostModel(SPEC, machine(step_overhead_s=3e-5, host_s_per_step=1e-4, host_s_per_request=1e-5))
+    more_s = 1e-4 + 8e-5  # of eight requests
+    assert host.overhead_s(DECODES) == pytest.approx(3e-5 + more_s)
+    assert host.step_s(DECODES) - plain.step_s(DECODES) == pytest.approx(more_s)
+    assert host.within_step_s(DECODES) == pytest.approx(host.step_s(DECODES) - 3e-5)  # the gap lies before the step
+    assert host.range_s(DECODES, 3, 9) - plain.range_s(DECODES, 3, 9) == pytest.approx(more_s)
+    assert host.node_ends_s(DECODES) == plain.node_ends_s(DECODES)
+    room_s = plain.range_s(DECODES, 0, 12)
+    assert host.last_node_within(DECODES, 0, room_s + more_s + 1e-9) == 12 > host.last_node_within(DECODES, 0, room_s)
+    node, done = host.stop_node(DECODES, None, 1.2e-4 / host.step_s(DECODES))
+    assert (node, done * host.step_s(DECODES)) == (0, pytest.approx(1.2e-4))  # still the host's part: no node has begun
+    for _ in range(100):  # a step as a lane tells it has no gap: what is right already stays as it is
+        host.observe(DECODES, host.within_step_s(DECODES))
+    assert all(correction == pytest.approx(1.0) for correction in host.corrections.values())
+
+
 def test_a_class_is_corrected_alone():
     model = CostModel(SPEC, machine())
     before = model.step_cost(DECODES)
@@ -172,8 +190,19 @@ def test_a_class_is_corrected_alone():
 
 def test_a_machine_file_says_the_same_after_a_round_trip(tmp_path):
     original = machine(saturation=Saturation(0.6, 1.0, 0.5), rungs=(0.5, 1.0), held_out_error=0.04, model="small")
+    original = replace(original, host_s_per_step=1e-4, host_s_per_request=1e-5, overlap_gain=0.1, launch_ahead_nodes=8)
     original.save(tmp_path / "m.json")
     assert Machine.load(tmp_path / "m.json") == original
+    older = original.to_json()
+    for name in ("host_s_per_step", "host_s_per_request", "overlap_gain", "launch_ahead_nodes"):
+        del older[name]
+    read = Machine.from_json(older)  # files from before these fields were there
+    assert (read.host_s_per_step, read.host_s_per_request, read.overlap_gain, read.launch_ahead_nodes) == (
+        0.0,
+        0.0,
+        0.0,
+        1,
+    )
 
 
 @pytest.mark.parametrize("name", ["h100-sxm", "a100-sxm-80gb", "cpu-2-cores"])
@@ -189,6 +218,8 @@ def test_machines_that_ship_load_and_say_where_their_numbers_come_from(name):
         ({"classes": {"linear": {"operations_per_s": [[1, 1.0]], "bytes_per_s": 1.0}}}, "no default"),
         ({"classes": {"default": {"operations_per_s": [[2, 1.0], [1, 1.0]], "bytes_per_s": 1.0}}}, "rising rows"),
         ({"shared_bytes_per_s": 0}, "bytes/s"),
+        ({"host_s_per_step": -1.0}, "below 0"),
+        ({"launch_ahead_nodes": 0}, "launch_ahead_nodes"),
         ({"colour": "red"}, "colour"),
     ],
 )

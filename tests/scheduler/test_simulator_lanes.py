@@ -12,6 +12,9 @@ from scheduler import SchedulerConfig
 from scheduler.cost_model import CostModel
 from scheduler.machine import ClassRates, Machine, Saturation
 from scheduler.model_spec import ModelSpec
+from scheduler.nanobatch_cost import nano_makespan_s
+from scheduler.nanobatch_planner import NanoPlanner
+from scheduler.nanobatch_tables import NanoCosts
 from scheduler.request import Request
 from scheduler.simulator import ModelCosts, Simulation
 from scheduler.simulator.costs import Costs, FixedCost
@@ -30,7 +33,12 @@ OVERHEAD_S = 3e-5
 def machine(**fields) -> Machine:
     rates = ClassRates(((1, 1e11), (64, 1e12)), 5e10, 1e-6)
     values = {"name": "m", "source": "test", "shared_bytes_per_s": 5e10, "classes": {"default": rates}}
-    values |= {"step_overhead_s": OVERHEAD_S, "result_delay_s": 2e-5, "saturation": Saturation(0.5, 0.5, 0.7)}
+    values |= {
+        "rungs": (0.25, 0.5, 0.75, 1.0),
+        "step_overhead_s": OVERHEAD_S,
+        "result_delay_s": 2e-5,
+        "saturation": Saturation(0.5, 0.5, 0.7),
+    }
     return Machine(**{**values, **fields})
 
 
@@ -183,6 +191,28 @@ def test_an_error_is_a_runs_own_and_lanes_parts_and_pauses_have_it_alike():
     assert other != pytest.approx(factor, abs=0.01)
 
 
+def test_nano_batches_take_their_makespan_with_the_contention_and_the_error_of_the_executor():
+    source = costs(saturation=Saturation(0.5, 1.5, 0.4))
+    planner = NanoPlanner(config(), source.model)
+    rows = tuple(ScheduledRequest(f"d{row}", row, 3000, 1, (), True) for row in range(48))
+    whole = LanePlan(1, 0, 1.0, "step", None, (*rows, ScheduledRequest("p", 48, 0, 512, (), True)))
+    plan = replace(whole, nano=planner.plan(whole.requests, 2))
+    assert plan.nano.num_nano == 2
+    makespan_s = nano_makespan_s(plan, NanoCosts(source.model))
+    cost, of_whole = source.step_cost(plan), source.step_cost(whole)
+    assert cost.alone_s == pytest.approx(makespan_s) and cost.alone_s != pytest.approx(of_whole.alone_s, rel=1e-3)
+    assert cost.num_bytes > of_whole.num_bytes and cost.compute_s == of_whole.compute_s  # weights are read twice
+    felt = costs(
+        saturation=Saturation(0.5, 1.5, 0.4), contention=4.0
+    )  # mis-set: what is felt, not what was planned with
+    assert felt.step_cost(plan).alone_s > cost.alone_s and felt.step_cost(whole).alone_s == of_whole.alone_s
+    disturbed = ModelCosts(source.model, error=0.3, seed=4)
+    factor = disturbed.step_cost(whole).alone_s / of_whole.alone_s
+    assert disturbed.step_cost(plan).alone_s == pytest.approx(factor * cost.alone_s) and factor != 1.0
+    host = costs(saturation=Saturation(0.5, 1.5, 0.4), host_s_per_step=1e-4, host_s_per_request=1e-6)
+    assert host.step_cost(plan).alone_s - cost.alone_s == pytest.approx(1e-4 + 49e-6)
+
+
 # The whole loop
 
 ARRANGEMENTS = [
@@ -192,6 +222,8 @@ ARRANGEMENTS = [
     {"lanes": "100:100", "prefill": "operator"},
     {"lanes": "off", "prefill": "layer"},
     {"lanes": "off", "prefill": "operator"},
+    {"lanes": "off", "prefill": "token", "nano_batches": "3"},
+    {"lanes": "off", "prefill": "layer", "nano_batches": "auto"},
 ]
 
 
@@ -229,6 +261,8 @@ def test_every_arrangement_answers_everybody_and_runs_every_node_once(fields):
     steps: list[FinishedStep] = []
     one = simulation(fields, observe=steps.append)
     result = one.run()
+    if fields.get("nano_batches") == "3":
+        assert {step.plan.nano.num_nano for step in steps if step.plan.nano is not None} == {2, 3}
     one.scheduler.check_integrity()
     assert one.scheduler.is_idle and one._lanes.num_resting == 0
     assert all(record.finish_reason == "length" for record in result.records.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from scheduler.controllers.arbitration import Arbitration
+from scheduler.controllers.goodput_order import GoodputOrder
 from scheduler.controllers.nanoflow import steps_of_one_size
 from scheduler.controllers.nexus import Nexus, shortest_then_aged
 from scheduler.controllers.semi_pd import SemiPd
@@ -18,5 +19,5 @@ register_policy(Policy("nexus", lanes="auto", rank=shortest_then_aged, controlle
 register_policy(Policy("nanoflow", nano_batches="auto", peak=PeakAdmission, controller=steps_of_one_size))
 register_policy(Policy("two-lanes", lanes="100:100"))  # un-partitioned: both lanes have the whole chip
 register_policy(
-    Policy("arbitrate", lanes="auto", order=SlackOrder, run_budget=slo_aware_run_budget, controller=Arbitration)
+    Policy("arbitrate", lanes="auto", order=GoodputOrder, run_budget=slo_aware_run_budget, controller=Arbitration)
 )

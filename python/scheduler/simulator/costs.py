@@ -8,6 +8,8 @@ from math import exp
 from typing import NamedTuple, Protocol
 
 from scheduler.cost_model import CostModel
+from scheduler.nanobatch_cost import nano_step_cost
+from scheduler.nanobatch_tables import NanoCosts
 from scheduler.step import LanePlan
 from scheduler.step_shape import shape_of
 
@@ -61,15 +63,24 @@ class ModelCosts(Costs):
         self.model = model
         self._error = error
         self._seed = seed
+        self._nano_costs: NanoCosts | None = None  # made for the first plan that asks
         self._delay_ns = round(model.machine.result_delay_s * NANOSECONDS)
 
     def step_cost(self, plan: LanePlan) -> Cost:
         model = self.model
-        cost = model.step_cost(shape_of(plan.requests, model.window), plan.share, plan.node_range)
+        shape = shape_of(plan.requests, model.window)
+        factor = 1.0
+        if plan.nano is None:
+            cost: Cost = model.step_cost(shape, plan.share, plan.node_range)
+        else:
+            if self._nano_costs is None:
+                self._nano_costs = NanoCosts(model)
+            cost = nano_step_cost(plan, self._nano_costs)
+            # Its makespan is of its nodes and the gap before them; the host takes its part all the same.
+            factor += (model.overhead_s(shape) - model.machine.step_overhead_s) / cost.alone_s
         if self._error:
-            factor = exp(random.Random(self._seed * 1_000_003 + plan.run_id).gauss(0.0, self._error))
-            return ScaledCost(cost, factor)
-        return cost
+            factor *= exp(random.Random(self._seed * 1_000_003 + plan.run_id).gauss(0.0, self._error))
+        return ScaledCost(cost, factor) if factor != 1.0 else cost
 
     def result_delay_ns(self, plan: LanePlan) -> int:
         return self._delay_ns

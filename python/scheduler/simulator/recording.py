@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel
+from scheduler.model_spec import ModelSpec
 from scheduler.request import Request
 from scheduler.scheduler import Scheduler
 from scheduler.simulator.costs import NANOSECONDS, RecordedCosts
@@ -43,9 +44,9 @@ class RecordedRun:
     ranks: Mapping[int, int]  # plan id -> place of its result among all
     cursors: Mapping[int, int]  # plan id -> where it rested, if it was paused
     sampled: Mapping[int, tuple[tuple[str, int], ...]]  # plan id -> what it yielded
-    observations: tuple[
-        tuple[int, tuple], ...
-    ] = ()  # (calls of the scheduler before it, arguments of CostModel.observe)
+    # (calls of the scheduler before it, arguments) of CostModel.observe, and of Scheduler.hear_step with the plan's id
+    observations: tuple[tuple[int, tuple], ...] = ()
+    steps_heard: tuple[tuple[int, int, float], ...] = ()
 
     def replay(self, cost_model: CostModel | None = None) -> SimulationResult:
         """cost_model: as the recorded scheduler's was at the start; it learns again what that one learned. Raises KeyError
@@ -55,22 +56,26 @@ class RecordedRun:
         for arrival_ns, request in self.arrivals:
             simulation.add(arrival_ns, copy_of(request))
         simulation.sample_with(lambda plan: self.sampled[plan.plan_id])
-        if cost_model is not None:
-            left = deque(self.observations)
+        observations, steps = deque(self.observations), deque(self.steps_heard)
 
-            def learn(num_calls: int) -> None:
-                while left and left[0][0] <= num_calls:
-                    cost_model.observe(*left.popleft()[1])
+        def learn(num_calls: int) -> None:
+            while cost_model is not None and observations and observations[0][0] <= num_calls:
+                cost_model.observe(*observations.popleft()[1])
+            while steps and steps[0][0] <= num_calls:
+                _, plan_id, seconds = steps.popleft()
+                simulation.scheduler.hear_step(simulation.plan_of(plan_id), seconds)
 
-            simulation.before_calls(learn)
+        simulation.before_calls(learn)
         return simulation.run()
 
 
 class RecordingScheduler(Scheduler):
     """A Scheduler that notes every call. Runs with aborts or failed rows are not recorded: ValueError."""
 
-    def __init__(self, config: SchedulerConfig, cost_model: CostModel | None = None) -> None:
-        super().__init__(config, cost_model)
+    def __init__(
+        self, config: SchedulerConfig, cost_model: CostModel | None = None, spec: ModelSpec | None = None
+    ) -> None:
+        super().__init__(config, cost_model, spec)
         self.plans: list[LanePlan] = []
         self._launched_ns: dict[int, int] = {}
         self._heard_ns: dict[int, int] = {}  # in the order in which results came
@@ -80,6 +85,7 @@ class RecordingScheduler(Scheduler):
         self._unusable = ""
         self._num_calls = 0
         self._observations: list[tuple[int, tuple]] = []
+        self._steps_heard: list[tuple[int, int, float]] = []
         if cost_model is not None:
             observe = cost_model.observe
 
@@ -114,6 +120,11 @@ class RecordingScheduler(Scheduler):
         self.plans.extend(plans)
         return plans
 
+    def hear_step(self, plan: LanePlan, seconds: float) -> None:
+        if self.nano is not None:
+            self._steps_heard.append((self._num_calls, plan.plan_id, seconds))
+        super().hear_step(plan, seconds)
+
     def recorded_run(self, spans_ns: Mapping[int, tuple[int, int]]) -> RecordedRun:
         """spans_ns: plan id -> (start, end) of its step on the same clock as `now`."""
         if self._unusable:
@@ -128,5 +139,5 @@ class RecordingScheduler(Scheduler):
         ranks = {plan_id: rank for rank, plan_id in enumerate(self._heard_ns)}
         return RecordedRun(
             self.config, tuple(self._arrivals), durations_ns, delays_ns, ranks, self._cursors, self._sampled,
-            tuple(self._observations),
+            tuple(self._observations), tuple(self._steps_heard),
         )  # fmt: skip

@@ -102,6 +102,8 @@ class Simulation:
         self._records: dict[str, RequestRecord] = {}
         self._left_to_stop: dict[str, int] = {}
         self._before_call: Callable[[int], None] | None = None
+        # As the engine does it: of steps that had the chip alone, for nano-batches on trial.
+        self._hears_steps = self.scheduler.nano is not None and self.scheduler.config.num_lanes == 1
         self._sample: Sampler = self._sample_until_stop if ends_by_stop else _sample_by_length
         if requests is not None:
             for index, one in enumerate(requests):
@@ -136,8 +138,16 @@ class Simulation:
         self._sample = sample
 
     def before_calls(self, hear: Callable[[int], None]) -> None:
-        """hear(number of calls made so far) before every call of the scheduler."""
+        """hear(number of calls made so far) before every call of the scheduler. What steps took, the scheduler then hears
+        from it alone."""
         self._before_call = hear
+        self._hears_steps = False
+
+    def plan_of(self, plan_id: int) -> LanePlan:
+        """If plans are kept. Raises KeyError for one that was not made."""
+        if not self._plans or plan_id > len(self._plans):
+            raise KeyError(plan_id)
+        return self._plans[plan_id - 1]
 
     def _sample_until_stop(self, plan: LanePlan) -> tuple[tuple[str, int], ...]:
         sampled = []
@@ -161,7 +171,8 @@ class Simulation:
         started_s = time.perf_counter()
         scheduler, lanes, costs = self.scheduler, self._lanes, self._costs
         arrivals, num_arrivals, next_arrival = self._arrivals, len(self._arrivals), 0
-        results: list[tuple[int, int, LaneResult]] = []  # heap of (due, rank, result) on their way to the scheduler
+        # Heap of (due, rank, result, its step) on their way to the scheduler
+        results: list[tuple[int, int, LaneResult, FinishedStep]] = []
         heard_ns = [0] * scheduler.config.num_lanes  # when the lane's latest result is heard of: they come in order
         inter_token_s, step_s = array("d"), array("d")
         num_steps = num_step_tokens = num_calls = 0
@@ -194,13 +205,16 @@ class Simulation:
                     heard_ns[lane] = max(heard_ns[lane], now_ns + costs.result_delay_ns(plan))
                     sampled = self._sample(plan) if step.ends_run else ()
                     result = LaneResult(plan.plan_id, lane, sampled, (), step.cursor)
-                    heappush(results, (heard_ns[lane], costs.result_rank(plan), result))
+                    heappush(results, (heard_ns[lane], costs.result_rank(plan), result, step))
                 if self._max_steps is not None and num_steps > self._max_steps:
                     raise RuntimeError(f"Simulation: not at an end after {self._max_steps} steps")
 
             events: list = []
             while results and results[0][0] <= now_ns:
-                events.append(LaneFinished(heappop(results)[2]))
+                _, _, result, step = heappop(results)
+                events.append(LaneFinished(result))
+                if self._hears_steps and step.plan.node_range is None and not step.is_stopped:
+                    scheduler.hear_step(step.plan, (step.end_ns - step.start_ns) / NANOSECONDS)
             while next_arrival < num_arrivals and arrivals[next_arrival][0] <= now_ns:
                 events.append(Arrival(arrivals[next_arrival][1]))
                 next_arrival += 1
