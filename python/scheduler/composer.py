@@ -74,6 +74,9 @@ class Composer:
             self._compose_prompts_first(composition, num_free_rows, is_idle)
             return composition
         prefills = self._compose_decodes(composition, is_idle)
+        if self._policy.order is not None:
+            self._compose_by_rank(prefills, composition, num_free_rows, is_idle)
+            return composition
         self._compose_chunks(prefills, composition, is_idle)
         # Who runs comes before who waits: nobody is admitted while a running request lacks a page.
         if not (composition.has_stalled or composition.has_preempted):
@@ -218,6 +221,26 @@ class Composer:
         for request in decodes:
             if composition.budget and request.status is RUNNING:
                 self._compose_chunk(request, composition, is_idle)
+
+    def _compose_by_rank(
+        self, prefills: list[Request], composition: Composition, num_free_rows: int, is_idle: bool
+    ) -> None:
+        """Where ranks change with time a prompt that waits may come before one that has begun."""
+        next_prefill, can_admit = 0, True
+        while composition.budget > 0 and not (composition.has_stalled or composition.has_preempted):
+            waiting = self._waiting.peek() if can_admit and len(composition.admissions) < num_free_rows else None
+            prefill = prefills[next_prefill] if next_prefill < len(prefills) else None
+            if waiting is not None and (prefill is None or waiting.rank < prefill.rank):
+                if self._admit(waiting, composition, is_idle):
+                    self._waiting.pop()
+                else:
+                    can_admit = False
+            elif prefill is not None:
+                next_prefill += 1
+                if prefill.status is RUNNING:
+                    self._compose_chunk(prefill, composition, is_idle)
+            else:
+                return
 
     def _compose_chunk(self, request: Request, composition: Composition, is_idle: bool) -> None:
         start = request.next_start

@@ -56,7 +56,10 @@ class RunLives:
             run.cursor = ended_at
             run.executed_s += now - run.part_started_s
             self.num_pauses += result.cursor is not None
-            if self._order is not None and run.lead.status is RUNNING:
+            # Between two turns of one lane it goes on executing, as far as its order is concerned: it shares the chip with
+            # decodes.
+            was_paused = result.cursor is not None
+            if was_paused and self._order is not None and run.lead.status is RUNNING:
                 self._order.paused(run.lead, run.executed_s, now)
             if run.is_doomed or all(request.status is not RUNNING for request in run.requests):
                 self.drop(run)

@@ -312,6 +312,8 @@ class Scheduler:
                     first_s, request.first_token_s = request.first_scheduled_s, now
                     if self._controller is not None:
                         self._controller.hear_first_token(request, now)
+                    if self._order is not None:
+                        self._order.ended(request)
                 num_cached = request.num_cached_tokens
                 output = (request_id, (token_id,), finish_reason, stop_token_id, num_cached, None, first_s)
                 outputs.append(make_tuple(TokenOutput, output))

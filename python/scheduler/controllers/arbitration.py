@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from scheduler.arrangement import DECODE_LANE, Arrangement
 from scheduler.config import SchedulerConfig
-from scheduler.controllers.tpot_slack import RemainingTokens, allowed_step_s
+from scheduler.controllers.tpot_slack import LeastTokens, allowed_step_s
 from scheduler.cost_model import CostModel
 from scheduler.outlook import Decodes, Outlook
 from scheduler.request import Request
@@ -30,6 +30,9 @@ from scheduler.splitfuse import TILE_TOKENS, most_tiles
 from scheduler.step_shape import StepShape
 
 HYSTERESIS = 0.05
+# Of a target that plans are made for: predictions err, and a mean that is planned to be just kept is missed half of the
+# time.
+MARGIN = 0.95
 KINDS = ("mix", "turns", "split", "overlap")
 _STEPS_PER_OCTAVE = 4  # of the sizes for which candidates are predicted: neighbours differ by less than a fifth
 _MOST_KNOWN = 4096
@@ -50,9 +53,15 @@ class _Sizes(NamedTuple):
 
     num_decodes: int
     context: int  # tokens that a decode sees
-    run_tokens: int  # of the prompts that would go together
-    run_start: int
+    num_prompts: int  # that would go together
+    prompt_tokens: int  # of each, pending
+    prompt_start: int  # before them
     tpot_us: int
+    least_tokens: int  # that an answer has, most of the time
+
+    @property
+    def run_tokens(self) -> int:
+        return self.num_prompts * self.prompt_tokens
 
 
 class Arbitration:
@@ -67,7 +76,7 @@ class Arbitration:
         self._kinds = kinds
         self._hysteresis = hysteresis
         self._uses_slack = uses_slack
-        self._remaining = RemainingTokens()
+        self._least = LeastTokens()
         self._present: Candidate | None = None
         self._known: dict[_Sizes, tuple[Candidate, ...]] = {}
         self._num_decisions = 0
@@ -86,7 +95,7 @@ class Arbitration:
 
     def hear_finished(self, request: Request, now: float) -> None:
         if request.finish_reason in ("stop", "length"):
-            self._remaining.add(request.num_output_tokens)
+            self._least.add(request.num_output_tokens)
 
     # What it decides
 
@@ -127,18 +136,19 @@ class Arbitration:
 
     def _sizes(self, outlook: Outlook, decodes: Decodes) -> _Sizes:
         shape = decodes.shape
-        most, num_tokens, start = self._config.max_num_batched_tokens, 0, 0
+        most, num_tokens, num_prompts, starts = self._config.max_num_batched_tokens, 0, 0, 0
         for run in outlook.runs:
-            num_tokens, start = num_tokens + run.num_tokens, run.lead.next_start - run.num_tokens
+            num_tokens, num_prompts = num_tokens + run.num_tokens, num_prompts + len(run.requests)
         for request in outlook.prefills(_LOOK_AHEAD):
-            if num_tokens >= most:
+            num_pending = request.num_expected_tokens - request.next_start
+            if num_prompts and num_tokens + num_pending > most:
                 break
-            num_tokens += request.num_expected_tokens - request.next_start
-            start = max(start, request.next_start)
-        tpot_s = decodes.tightest_tpot_s
+            num_tokens, num_prompts, starts = num_tokens + num_pending, num_prompts + 1, starts + request.next_start
+        tpot_s, num_prompts = decodes.tightest_tpot_s, max(num_prompts, 1)
         return _Sizes(
-            _rounded(shape.num_tokens), _rounded(shape.decode_kv_tokens / shape.num_tokens),
-            _rounded(min(max(num_tokens, 1), most)), _rounded(max(start, 0)), round(tpot_s * 1e6) if tpot_s else 0,
+            _rounded(shape.num_tokens), _rounded(shape.decode_kv_tokens / shape.num_tokens), num_prompts,
+            _rounded(max(min(num_tokens, most) / num_prompts, 1)), _rounded(starts / num_prompts),
+            round(tpot_s * 1e6) if tpot_s else 0, _rounded(self._least.bound),
         )  # fmt: skip
 
     def _predict(self, sizes: _Sizes) -> tuple[Candidate, ...]:
@@ -155,10 +165,12 @@ class Arbitration:
         num, context = sizes.num_decodes, sizes.context
         seen = min(context, window) if window else context
         decode = StepShape(num, num, num, num, num * context, window_decode_kv_tokens=num * seen)
-        run = StepShape(0, 0, 0).plus_chunk(sizes.run_start, sizes.run_tokens, window)
+        run = StepShape(0, 0, 0)
+        for _ in range(sizes.num_prompts):
+            run = run.plus_chunk(sizes.prompt_start, sizes.prompt_tokens, window)
         guard = max(1.0, model.guard_ratio)
         decode_s, run_s = model.step_s(decode) * guard, model.step_s(run)
-        target_s = sizes.tpot_us / 1e6 if sizes.tpot_us else None
+        target_s = MARGIN * sizes.tpot_us / 1e6 if sizes.tpot_us else None
         found = []
         if "mix" in self._kinds:
             found.append(self._mix(sizes, decode, decode_s, target_s, guard))
@@ -178,20 +190,32 @@ class Arbitration:
         model, window = self._model, self._model.window
         most = max(TILE_TOKENS, self._config.max_num_batched_tokens - decode.num_tokens)
 
+        # Chunks of a prompt see what came before them: half of it on average.
+        first, whole_prompt = sizes.prompt_start, sizes.prompt_tokens
+
         def step_s(num_tokens: int) -> float:
-            return model.step_s(decode.plus_chunk(sizes.run_start, num_tokens, window)) * guard
+            shape = decode
+            for _ in range(num_tokens // whole_prompt):
+                shape = shape.plus_chunk(first, whole_prompt, window)
+            part = num_tokens % whole_prompt
+            if part:
+                shape = shape.plus_chunk(first + (whole_prompt - part) // 2, part, window)
+            return model.step_s(shape) * guard
 
         if target_s is None:
             whole = min(most, sizes.run_tokens)
             return Candidate("mix", 0.0, 1.0, whole / step_s(whole), step_s(whole))
+        burst_rate = 0.0
         if self._uses_slack:
-            # Bursts: a large chunk now and then, decodes alone between them.
-            whole = min(most, max(sizes.run_tokens, self._least_tokens))
-            burst_s = step_s(whole)
-            free = max(0.0, (target_s - decode_s) / max(burst_s - decode_s, 1e-9))  # bursts a step
-            burst_rate = min(1.0, free) * whole / (target_s if free < 1.0 else burst_s)
-        else:
-            burst_rate = 0.0
+            # Bursts: a large chunk now and then, as large as the credit that the shortest answers gather pays for, and
+            # decodes alone between them.
+            credit_s = target_s + (target_s - decode_s) * (sizes.least_tokens - 1)
+            num_tiles = most_tiles(lambda tiles: step_s(tiles * TILE_TOKENS), most // TILE_TOKENS, credit_s)
+            num_tokens = min(num_tiles * TILE_TOKENS, max(sizes.run_tokens, self._least_tokens))
+            if num_tokens:
+                burst_s = step_s(num_tokens)
+                bursts = min(1.0, max(0.0, target_s - decode_s) / max(burst_s - decode_s, 1e-9))  # a token
+                burst_rate = bursts * num_tokens / (bursts * burst_s + (1.0 - bursts) * decode_s)
         num_tiles = most_tiles(lambda tiles: step_s(tiles * TILE_TOKENS), most // TILE_TOKENS, target_s)
         num_tokens = num_tiles * TILE_TOKENS
         steady_rate = num_tokens / step_s(num_tokens) if num_tokens else 0.0
@@ -201,25 +225,29 @@ class Arbitration:
         self, sizes: _Sizes, decode: StepShape, run: StepShape, prefill_share: float, decode_share: float,
         target_s: float | None, guard: float,
     ) -> Candidate:  # fmt: skip
-        model = self._model
-        total = max(1.0, prefill_share + decode_share)  # shares that overlap are shared out
-        decode_cost = model.step_cost(decode, decode_share / total)
-        run_cost = model.step_cost(run, prefill_share / total)
-        decode_s = decode_cost.duration_s(run_cost.demand_bytes_per_s) * guard
-        rate = sizes.run_tokens / run_cost.duration_s(decode_cost.demand_bytes_per_s)
+        model, total = self._model, prefill_share + decode_share
+        decode_cost, run_cost = model.step_cost(decode, decode_share), model.step_cost(run, prefill_share)
+        decode_demand, run_demand = decode_cost.demand_bytes_per_s, run_cost.demand_bytes_per_s
+        is_overlap = total > 1.0 + 1e-9
+        if is_overlap:
+            slow_down = model.slow_down_of_overlap(total, decode_demand + run_demand)
+            decode_s, run_s = decode_cost.alone_s * slow_down * guard, run_cost.alone_s * slow_down
+        else:
+            decode_s, run_s = decode_cost.duration_s(run_demand) * guard, run_cost.duration_s(decode_demand)
+        rate = sizes.run_tokens / run_s
         if target_s is not None and decode_s > target_s:
             # Only part of the time, the rest of which the whole chip decodes.
             alone_s = model.step_s(decode) * guard
             rate *= max(0.0, target_s - alone_s) / max(decode_s - alone_s, 1e-9) if alone_s < decode_s else 0.0
-        return Candidate("overlap" if total > 1.0 else "split", prefill_share, decode_share, rate, decode_s)
+        return Candidate("overlap" if is_overlap else "split", prefill_share, decode_share, rate, decode_s)
 
     def _allowed_s(self, outlook: Outlook, decodes: Decodes, decode_s: float) -> float | None:
         if decodes.tightest_tpot_s is None:
             return None
         if not self._uses_slack:
-            return decodes.tightest_tpot_s
+            return MARGIN * decodes.tightest_tpot_s
         who = (request for request in outlook.running if request.run is None)
-        allowed_s, _ = allowed_step_s(who, outlook.now, decode_s, self._remaining)
+        allowed_s, _ = allowed_step_s(who, outlook.now, decode_s, self._least.bound, MARGIN)
         return allowed_s
 
     def _budget(self, outlook: Outlook, decodes: Decodes, allowed_s: float | None) -> int:
