@@ -28,10 +28,13 @@ class Run(NamedTuple):
     is_rising: bool = False  # whoever comes ranks before all who are there
 
 
+def _is_short_of_pages_and_shares_prefixes(recorder: RecordingScheduler, run: RecordedRun) -> bool:
+    stats = recorder.stats()
+    return stats.num_preemptions > 0 and stats.num_prefix_hit_tokens > 0 and len(run.observations) > 0
+
+
 RUNS = {
-    "one lane": Run(
-        {}, lambda recorder, run: min(*recorder.stats()[7:10], len(run.observations)) > 0
-    ),
+    "one lane": Run({}, _is_short_of_pages_and_shares_prefixes),
     "two lanes": Run({"lanes": "50:50"}, lambda recorder, run: {plan.lane for plan in recorder.plans} == {0, 1}),
     # Prompts so long that others arrive while they are computed.
     "pauses": Run(
@@ -74,7 +77,8 @@ def recorded(request, tmp_path_factory):
                 engine.submit(
                     stem + [rng.randint(3, 300) for _ in range(rng.randint(1, 40))],
                     priority=-index if kind.is_rising else rng.choice([0, 0, 1]),
-                    max_tokens=rng.randint(1, 60), temperature=1.0, tpot_ms=rng.choice([0.1, 1000.0]), stop_token_ids=[rng.randint(3, 300) for _ in range(8)],
+                    max_tokens=rng.randint(1, 60), temperature=1.0, tpot_ms=rng.choice([0.1, 1000.0]),
+                    stop_token_ids=[rng.randint(3, 300) for _ in range(8)],
                 )  # fmt: skip
                 time.sleep(rng.choice([0.0, 0.0, 0.0, 0.004]))
             engine.wait_until(lambda: len(engine.finished) == 60)
