@@ -56,8 +56,7 @@ void register_lanes(py::module_& module) {
           "dicts: ticket, lane, first_node, cursor, was_stopped, error, start_ns, end_ns, spans [(node, start, end)].");
 
   py::class_<RangeSignal, std::shared_ptr<RangeSignal>>(module, "RangeSignal", "The end of a submitted range.")
-      .def_property_readonly("has_ended",
-                             [](const RangeSignal& signal) { return signal.state() != RangeSignal::State::kPending; });
+      .def_property_readonly("has_ended", &RangeSignal::has_ended);
 
   py::class_<Lane, std::shared_ptr<Lane>>(module, "Lane", "An ordered queue of work on a set of cores.")
       .def(py::init<int, std::vector<int>, int, std::shared_ptr<CompletionQueue>>(), py::arg("lane_idx"),

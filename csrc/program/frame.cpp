@@ -86,7 +86,7 @@ void Frame::prepare(const std::vector<StepRow>& step_rows, const std::vector<Pag
   scores_.resize(std::max<size_t>(scores_.size(), num_logit_rows));
 
   build_step();
-  set_cursor(0);
+  cursor_.store(0, std::memory_order_release);
   last_claimed.reset();
 }
 

@@ -72,7 +72,11 @@ class Frame {
   const std::vector<float>& scores() const { return scores_; }
 
   int cursor() const { return cursor_.load(std::memory_order_acquire); }  // next node to run
-  void set_cursor(int node) { cursor_.store(node, std::memory_order_release); }
+  // A range has run up to this node. On a GPU two lanes may report neighbouring ranges in either order.
+  void advance_cursor(int node) {
+    for (int seen = cursor(); seen < node && !cursor_.compare_exchange_weak(seen, node);) {
+    }
+  }
   // Ranges that are running or queued; prepare() is refused meanwhile.
   std::atomic<int> num_ranges{0};
   // The submitting thread's: where the next range must begin, and the end of the last one queued (null: none was).

@@ -56,6 +56,7 @@ class GpuLaneExecution {
   GpuEvent begin = nullptr, end = nullptr;  // null: nothing was launched
   std::vector<Span> spans;
   int cursor = 0;
+  bool has_begun = false;
   std::string error;
   int64_t launched_ns = 0;   // when launching began
   bool is_launched = false;  // the lane's mutex guards it: from here on the finishing thread has it
@@ -151,22 +152,22 @@ void GpuLane::launch_loop() {
     }
     execution->launched_ns = monotonic_ns();
     execution->cursor = execution->first;
-    try {
-      wait_for_turn(*execution);
-      launch(*execution);
-    } catch (const std::exception& error) {
-      // As on the CPU: the range is over, and its error says which node it was.
-      if (execution->error.empty()) execution->error = error.what();
-      if (execution->error == kBrokenBefore)
-        execution->cursor = execution->first;
-      else
+    if (wait_for_turn(*execution)) {
+      try {
+        launch(*execution);
+      } catch (const std::exception& error) {
+        // As on the CPU: the range is over, and its error says which node it was.
+        if (execution->error.empty()) execution->error = error.what();
         execution->cursor = execution->last;
+      }
     }
     try {
       execution->end = execution->mark(options_.stream);
     } catch (const std::exception& error) {
       if (execution->error.empty()) execution->error = error.what();
     }
+    // What is not whole is broken, and that is said when the device is done with it.
+    if (execution->error.empty() && execution->cursor == execution->last) execution->signal->launch(execution->end);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       execution->is_launched = true;
@@ -176,13 +177,19 @@ void GpuLane::launch_loop() {
   launched_.notify_one();
 }
 
-// The launcher waits until what the range comes after has ended on the device: correct everywhere, at the price of a
-// gap of some microseconds that an event between the streams would not have. That needs the other lane's launches to be
-// seen first; to be done when a GPU shows what it is worth.
-void GpuLane::wait_for_turn(GpuLaneExecution& execution) {
-  const auto is_wanted = [&] { return !execution.stop_requested.load(); };
-  if (wait_for_all(execution.after, is_wanted) || execution.stop_requested.load()) return;
-  throw std::runtime_error(kBrokenBefore);
+// The launcher waits until what the range comes after is launched, its stream until that has run. Returns whether the
+// range may begin.
+bool GpuLane::wait_for_turn(GpuLaneExecution& execution) {
+  try {
+    const bool are_well = wait_for_all(execution.after, [&] { return !execution.stop_requested.load(); });
+    if (execution.stop_requested.load()) return false;
+    if (!are_well) execution.error = kBrokenBefore;
+    for (const auto& signal : execution.after) signal->order_behind(*gpu_, options_.stream);
+  } catch (const std::exception& error) {
+    execution.error = error.what();
+  }
+  execution.has_begun = execution.error.empty();
+  return execution.has_begun;
 }
 
 // Waits until fewer than launch_ahead launches are not done.
@@ -352,7 +359,8 @@ void GpuLane::finish(GpuLaneExecution& execution) {
   GpuFrame& frame = *execution.frame;
   try {
     if (execution.end) gpu_->wait(execution.end);
-    if (execution.error.empty()) frame.take_results();
+    // A later range of the frame, on another lane, may have asked for results that are not here yet.
+    if (execution.error.empty() && execution.cursor == frame.program().num_nodes()) frame.take_results();
   } catch (const std::exception& error) {
     if (execution.error.empty()) {
       const auto& nodes = frame.program().nodes();
@@ -378,7 +386,7 @@ void GpuLane::finish(GpuLaneExecution& execution) {
       completion.spans.push_back({span.node, before_end(span.begin), before_end(span.end)});
   }
   completion.error = std::move(execution.error);
-  frame.set_cursor(execution.cursor);
+  if (execution.has_begun) frame.advance_cursor(execution.cursor);
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     in_flight_.pop_front();

@@ -68,7 +68,7 @@ class GpuLane {
   void capture(GpuLaneExecution& execution, const GpuRun& run, const GraphKey& key);
   uint64_t enqueue(std::shared_ptr<GpuFrame> frame, int first, int last, RangeSignals after,
                    std::shared_ptr<RangeSignal> signal);
-  void wait_for_turn(GpuLaneExecution& execution);
+  bool wait_for_turn(GpuLaneExecution& execution);
   void reserve_launch();
   void finish(GpuLaneExecution& execution);
 

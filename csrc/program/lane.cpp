@@ -47,20 +47,20 @@ class LaneExecution {
         after(std::move(after)),
         signal(std::move(signal)) {}
 
-  // Returns once all that the range comes after have ended; false: one of them did not end well, and neither does this.
-  // A worker that waits keeps its core: what it waits for runs on other cores, or did on this lane.
+  // Returns once all that the range comes after have ended; false: it does not begin, because one of them did not end
+  // well or it was asked to stop. A worker that waits keeps its core: what it waits for runs on other cores, or did on
+  // this lane.
   bool wait_for_turn() {
-    if (!wait_for_all(after, [this] { return !stop_requested.load(std::memory_order_relaxed); }) &&
-        !stop_requested.load()) {
-      error = kBrokenBefore;
-    } else if (frame->cursor() != first && !stop_requested.load()) {
-      error = concat("the frame rests at node ", frame->cursor(), ", the range begins at ", first);
-    } else {
-      return true;
-    }
+    const bool are_well = wait_for_all(after, [this] { return !stop_requested.load(std::memory_order_relaxed); });
     cursor = first;
-    has_failed.store(true);
-    return false;
+    was_stopped = stop_requested.load();
+    if (was_stopped) return false;
+    if (!are_well)
+      error = kBrokenBefore;
+    else if (frame->cursor() != first)
+      error = concat("the frame rests at node ", frame->cursor(), ", the range begins at ", first);
+    has_begun = error.empty();
+    return has_begun;
   }
 
   // Sizes come from the frame, whose step is complete by now; done by the first worker that arrives.
@@ -147,6 +147,7 @@ class LaneExecution {
   int64_t start_ns = 0;
   int cursor = 0;
   bool was_stopped = false;
+  bool has_begun = false;
   std::vector<NodeSpan> spans;
 };
 
@@ -241,7 +242,7 @@ void Lane::work(int worker_idx, int num_workers) {
       completion.start_ns = execution->start_ns;
       completion.end_ns = monotonic_ns();
       completion.spans = std::move(execution->spans);
-      execution->frame->set_cursor(execution->cursor);
+      if (execution->has_begun) execution->frame->advance_cursor(execution->cursor);
       execution->frame->num_ranges.fetch_sub(1);
       execution->signal->end(execution->error.empty() && !execution->was_stopped);
       // Reported before the next range can start: completions of a lane come in the order of its tickets.

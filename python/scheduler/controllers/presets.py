@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from scheduler.controllers.arbitration import Arbitration
+from scheduler.controllers.goodput_order import GoodputOrder
 from scheduler.controllers.nexus import Nexus, shortest_then_aged
 from scheduler.controllers.semi_pd import SemiPd
 from scheduler.controllers.slack_order import SlackOrder
@@ -15,5 +16,5 @@ register_policy(Policy("semi-pd", lanes="auto", controller=SemiPd))
 register_policy(Policy("nexus", lanes="auto", rank=shortest_then_aged, controller=Nexus))
 register_policy(Policy("two-lanes", lanes="100:100"))  # un-partitioned: both lanes have the whole chip
 register_policy(
-    Policy("arbitrate", lanes="auto", order=SlackOrder, run_budget=slo_aware_run_budget, controller=Arbitration)
+    Policy("arbitrate", lanes="auto", order=GoodputOrder, run_budget=slo_aware_run_budget, controller=Arbitration)
 )

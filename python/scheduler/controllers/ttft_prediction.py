@@ -24,6 +24,10 @@ class TtftPredictor:
         self._model = cost_model
         self._run_tokens = run_tokens
 
+    @property
+    def predicts(self) -> bool:
+        return self._model is not None
+
     def prompt_s(self, num_tokens: int, start: int = 0) -> float:
         """Of num_tokens tokens from position start: the KV of those before it is there."""
         model = self._model
