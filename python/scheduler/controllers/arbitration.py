@@ -225,17 +225,21 @@ class Arbitration:
         self, sizes: _Sizes, decode: StepShape, run: StepShape, prefill_share: float, decode_share: float,
         target_s: float | None, guard: float,
     ) -> Candidate:  # fmt: skip
-        model = self._model
-        total = max(1.0, prefill_share + decode_share)  # shares that overlap are shared out
-        decode_cost = model.step_cost(decode, decode_share / total)
-        run_cost = model.step_cost(run, prefill_share / total)
-        decode_s = decode_cost.duration_s(run_cost.demand_bytes_per_s) * guard
-        rate = sizes.run_tokens / run_cost.duration_s(decode_cost.demand_bytes_per_s)
+        model, total = self._model, prefill_share + decode_share
+        decode_cost, run_cost = model.step_cost(decode, decode_share), model.step_cost(run, prefill_share)
+        decode_demand, run_demand = decode_cost.demand_bytes_per_s, run_cost.demand_bytes_per_s
+        is_overlap = total > 1.0 + 1e-9
+        if is_overlap:
+            slow_down = model.slow_down_of_overlap(total, decode_demand + run_demand)
+            decode_s, run_s = decode_cost.alone_s * slow_down * guard, run_cost.alone_s * slow_down
+        else:
+            decode_s, run_s = decode_cost.duration_s(run_demand) * guard, run_cost.duration_s(decode_demand)
+        rate = sizes.run_tokens / run_s
         if target_s is not None and decode_s > target_s:
             # Only part of the time, the rest of which the whole chip decodes.
             alone_s = model.step_s(decode) * guard
             rate *= max(0.0, target_s - alone_s) / max(decode_s - alone_s, 1e-9) if alone_s < decode_s else 0.0
-        return Candidate("overlap" if total > 1.0 else "split", prefill_share, decode_share, rate, decode_s)
+        return Candidate("overlap" if is_overlap else "split", prefill_share, decode_share, rate, decode_s)
 
     def _allowed_s(self, outlook: Outlook, decodes: Decodes, decode_s: float) -> float | None:
         if decodes.tightest_tpot_s is None:

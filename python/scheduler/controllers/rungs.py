@@ -14,11 +14,6 @@ def cuts(config: SchedulerConfig) -> tuple[float, ...]:
     return config.rungs or HALF
 
 
-def ladder(config: SchedulerConfig) -> tuple[float, ...]:
-    """Shares that either lane may have when they may overlap, ascending; the whole chip is the last."""
-    return (*cuts(config), 1.0)
-
-
 def nearest(shares: Sequence[float], share: float) -> int:
     """The place of the nearest share; of two the smaller."""
     return min(range(len(shares)), key=lambda place: (abs(shares[place] - share), place))

@@ -7,8 +7,11 @@ rung, until the fitted curve says that it will pass:
     TTFT(x) = a1 / (x - load) + b1     an M/M/1 queue whose service rate is in proportion to x
     TPOT(y) = a2 / y + b2
 
-load is the share of the chip that prompts need, arrivals/s x seconds of one prompt on the whole chip. Shares may overlap: x
-and y are then estimated by their part of the sum. Requests without targets are not looked at.
+load is the share of the chip that prompts need, arrivals/s x seconds of one prompt on the whole chip. Requests without
+targets are not looked at.
+
+Where the chip has several cuts, as green contexts give them, the border moves along them. Where it has one, as two cores
+have, the lanes overlap, as the authors' MPS processes do: x and y are then estimated by their part of the sum.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from math import ceil
 
 from scheduler.arrangement import Arrangement
 from scheduler.config import SchedulerConfig
-from scheduler.controllers.rungs import ladder, nearest
+from scheduler.controllers.rungs import cuts, nearest
 from scheduler.cost_model import CostModel
 from scheduler.outlook import Outlook
 from scheduler.request import Request
@@ -75,13 +78,21 @@ def quantile(values: list[float], share: float) -> float:
     return sorted(values)[max(0, ceil(share * len(values)) - 1)]
 
 
+def share_pairs(config: SchedulerConfig) -> tuple[tuple[float, float], ...]:
+    """Shares of prefill and decode, from the most for decode to the most for prefill."""
+    if len(cuts(config)) > 1:
+        return tuple((share, 1.0 - share) for share in cuts(config))
+    share = cuts(config)[0]
+    return ((share, 1.0), (1.0, 1.0), (1.0, share))
+
+
 class SemiPd:
     def __init__(self, config: SchedulerConfig, cost_model: CostModel | None = None) -> None:
         """cost_model is not asked: everything is learned from what is observed."""
-        self._ladder = ladder(config)
+        self._pairs = share_pairs(config)
         self._granularity = config.prefill or "token"
-        self._prefill_place = nearest(self._ladder, START[0])
-        self._decode_place = nearest(self._ladder, START[1])
+        parts = [x / (x + y) for x, y in self._pairs]
+        self._place = nearest(parts, START[0] / sum(START))
         self._num_decisions = 0
         self._window_start_s: float | None = None
         self._ttfts: list[float] = []  # of the window, divided by their targets
@@ -95,7 +106,8 @@ class SemiPd:
 
     @property
     def shares(self) -> tuple[float, float]:
-        return self._ladder[self._prefill_place], self._ladder[self._decode_place]
+        """Of prefill and decode."""
+        return self._pairs[self._place]
 
     def arrange(self, outlook: Outlook) -> Arrangement:
         if self._window_start_s is None:
@@ -108,7 +120,7 @@ class SemiPd:
     def hear_first_token(self, request: Request, now: float) -> None:
         self._num_prompts += 1
         if request.first_scheduled_s is not None:
-            self._prompt_s.append((now - request.first_scheduled_s) * self._parts()[0])
+            self._prompt_s.append((now - request.first_scheduled_s) * self._parts(self._place)[0])
         if request.ttft_s is not None:
             self._ttfts.append((now - request.arrival_s) / request.ttft_s)
 
@@ -117,10 +129,9 @@ class SemiPd:
             tpot_s = (now - request.first_token_s) / (request.num_output_tokens - 1)
             self._tpots.append(tpot_s / request.tpot_s)
 
-    def _parts(self, prefill_place: int | None = None, decode_place: int | None = None) -> tuple[float, float]:
+    def _parts(self, place: int) -> tuple[float, float]:
         """What each lane really has when both are busy."""
-        x = self._ladder[self._prefill_place if prefill_place is None else prefill_place]
-        y = self._ladder[self._decode_place if decode_place is None else decode_place]
+        x, y = self._pairs[place]
         return (x / (x + y), y / (x + y)) if x + y > 1.0 else (x, y)
 
     def _look(self, now: float) -> None:
@@ -131,7 +142,7 @@ class SemiPd:
             self._load = self._num_prompts / seconds * (sum(self._prompt_s) / len(self._prompt_s))
         ttft = quantile(self._ttfts, PERCENTILE) if self._ttfts else 0.0
         tpot = quantile(self._tpots, PERCENTILE) if self._tpots else 0.0
-        x, y = self._parts()
+        x, y = self._parts(self._place)
         self._ttft_curve.forget()
         self._tpot_curve.forget()
         if self._ttfts:
@@ -140,43 +151,28 @@ class SemiPd:
             self._tpot_curve.add(y, tpot)
         text = f"TTFT {ttft:.2f}, TPOT {tpot:.2f} of target"
         if (ttft > 1.0) != (tpot > 1.0):
-            text += self._move_prefill() if ttft > 1.0 else self._move_decode()
+            if ttft > 1.0:
+                self._place = self._moved(+1, lambda x: self._ttft_curve.at(self._room(x)), 0)
+            else:
+                self._place = self._moved(-1, self._tpot_curve.at, 1)
+            text += ": more for prefill" if ttft > 1.0 else ": more for decode"
         else:
             text += ", both fail: keep" if ttft > 1.0 else ", both pass: keep"
         self._arrangement = self._arranged(text)
         self._ttfts, self._tpots, self._prompt_s, self._num_prompts = [], [], [], 0
         self._num_decisions, self._window_start_s = 0, now
 
-    def _room(self, x: float) -> float:
-        return max(x - self._load, _LEAST_ROOM)
+    def _room(self, part: float) -> float:
+        return max(part - self._load, _LEAST_ROOM)
 
-    def _move_prefill(self) -> str:
-        places = self._moved(
-            self._prefill_place, self._decode_place, lambda p, d: self._ttft_curve.at(self._room(self._parts(p, d)[0]))
-        )
-        self._prefill_place, self._decode_place = places
-        return ", prefill gets more"
-
-    def _move_decode(self) -> str:
-        places = self._moved(
-            self._decode_place, self._prefill_place, lambda d, p: self._tpot_curve.at(self._parts(p, d)[1])
-        )
-        self._decode_place, self._prefill_place = places
-        return ", decode gets more"
-
-    def _moved(self, own: int, other: int, estimate: Callable[[int, int], float]) -> tuple[int, int]:
-        """The failing side is raised rung by rung; at the whole chip the other side is lowered instead."""
-        top = len(self._ladder) - 1
+    def _moved(self, step: int, estimate: Callable[[float], float], side: int) -> int:
+        """The place at which the failing side's estimate passes, at most MAX_STEPS from here."""
+        place = self._place
         for _ in range(MAX_STEPS):
-            if estimate(own, other) <= 1.0:
+            if not 0 <= place + step < len(self._pairs) or estimate(self._parts(place)[side]) <= 1.0:
                 break
-            if own < top:
-                own += 1
-            elif other > 0:
-                other -= 1
-            else:
-                break
-        return own, other
+            place += step
+        return place
 
     def _arranged(self, reason: str) -> Arrangement:
         prefill, decode = self.shares
