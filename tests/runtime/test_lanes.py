@@ -16,9 +16,11 @@ import pytest
 from runtime import _native
 from runtime.lane_bank import LaneBank
 from runtime.model_runner import ModelRunner
+from runtime.step_trace import StepTrace
+from scheduler.controllers import layered
 from scheduler.nanobatch import NanoPlan, NanoRange, cut_chunks
 from scheduler.step import DropRun, LanePlan, PageCopy, PausePlan, ScheduledRequest
-from tests.kit.engines import load
+from tests.kit.engines import load, running_engine
 from tests.kit.gpu_engines import FEW, random_tokens, write_llama
 
 DEVICES = ["cpu", "simt", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -350,3 +352,37 @@ def test_pages_are_copied_before_any_nano_batch_reads_them(loaded, prompts, expe
         assert not result.failed
         assert dict(result.sampled) == {"r0": expected[0][0], "r1": expected[2][0]}, seed
         assert runner.arena.read_page(PAGES) == runner.arena.read_page(2 * PAGES)
+
+
+OPTIONS = [
+    {"lanes": "50:50"}, {"lanes": "50:50", "prefill": "operator"}, {"lanes": "100:100", "prefill": "operator"},
+    {"policy": "semi-pd"}, {"prefill": "layer"}, {"nano_batches": "2"}, {"nano_batches": "4", "lanes": "auto"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=[" ".join(options.values()) for options in OPTIONS])
+def test_an_engine_of_any_device_answers_the_same(loaded, prompts, expected, options, monkeypatch):
+    monkeypatch.setattr(layered, "_TOKENS_OF_GROUPS", ((8, 1), (16, 2), (64, 4)))
+    trace = StepTrace(loaded.program.node_names)
+    device = "cpu" if loaded.device.gpu is None else loaded.device.gpu.world
+    limits = {**FEW, "max_num_batched_tokens": MAX_TOKENS, "max_model_len": MAX_LEN, "page_size": 32}
+    with running_engine("tiny", loaded=loaded, trace=trace, device=device, **limits, **options) as engine:
+        assert engine.run(prompts, max_tokens=NUM_NEW) == expected
+        (text,) = [line for line in engine.engine.describe() if line.startswith("lanes")]
+    steps = [event for event in trace.events() if event["cat"] == "step"]
+    if options.get("lanes", "auto") != "auto" or "policy" in options:
+        assert {step["tid"] for step in steps} == {0, 1}, "each role is a track"
+        assert "prefill" in text and "decode" in text
+    if options == {"prefill": "layer"}:
+        parts = [step["args"] for step in steps if step["args"]["plan"] != step["args"]["run"]]
+        assert parts and all(part["nodes"][0] > 0 for part in parts)
+    if "lanes" not in options and "nano_batches" in options:
+        nano = [event for event in trace.events() if "nano_batch" in event["args"]]
+        assert len({event["tid"] for event in nano}) == 2 and {event["args"]["nano_batch"] for event in nano} >= {0, 1}
+    for step in steps:
+        within = [
+            event
+            for event in trace.events()
+            if event["cat"] == "node" and event["args"]["plan"] == step["args"]["plan"]
+        ]
+        assert within, step
