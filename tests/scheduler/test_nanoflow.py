@@ -120,6 +120,6 @@ def test_by_the_numbers_of_a_public_data_sheet_it_pays_on_full_steps(machine_nam
         limits = scheduler_config(
             spec, machine, longest=4096, max_num_batched_tokens=1024, policy="nanoflow", nano_batches=nano_batches
         )
-        requests = [TraceRequest(0.0, 1800, 450) for _ in range(200)]
+        requests = [TraceRequest(0.0, 600 + 971 * i % 2600, 150 + 613 * i % 600) for i in range(500)]
         durations[nano_batches] = Simulation(limits, ModelCosts(model), requests, cost_model=model).run().duration_s
     assert durations["auto"] < 0.97 * durations["off"]
