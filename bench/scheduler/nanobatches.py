@@ -71,7 +71,6 @@ def simulated(machine_name: str) -> None:
             cut = [0]
 
             def observe(step) -> None:
-                simulation.scheduler.hear_step(step.plan, (step.end_ns - step.start_ns) * 1e-9)  # noqa: B023
                 cut[0] += step.plan.nano is not None  # noqa: B023
 
             simulation = Simulation(limits, ModelCosts(model), requests, cost_model=model, observe=observe)
