@@ -112,16 +112,21 @@ def test_auto_tries_measures_and_keeps_to_the_answer(loaded, prompts, expected, 
     with running_engine(
         "smollm2", loaded=loaded, trace=trace, nano_batches="auto", policy="nanoflow", **LIMITS
     ) as engine:  # fmt: skip
-        for _ in range(8):
+        for _ in range(
+            60
+        ):  # rounds; the search goes on a little with every step, and a trial takes eight steps of a kind
             assert engine.run(prompts, max_tokens=MAX_TOKENS) == expected
-        lines = engine.engine.describe_nano_batches()
-    decided = [line for line in lines if line.startswith("trial") and "us per token cut" in line]
+            lines = engine.engine.describe_nano_batches()
+            decided = [line for line in lines if line.startswith("trial") and "us per token cut" in line]
+            if decided:
+                break
     assert decided, lines
     for line in decided:
         gain = float(line.split("(")[-1].split("%")[0])
         assert (": cut: " in line) == (gain >= 3.0), line
     num_cut = sum(plan.nano is not None for plan, _ in trace.steps)
     assert num_cut > 0
-    if all(": whole: " in line for line in lines if line.startswith("trial")):
-        assert num_cut <= 6 * len(decided)  # four of each trial, and what was queued when it was decided
+    if not any(": cut: " in line for line in lines):
+        # Four of each trial, and what was queued when it was decided; a trial without a verdict has had no more.
+        assert num_cut <= 6 * sum(line.startswith("trial") for line in lines)
     print("\n".join(decided))
