@@ -88,6 +88,11 @@ class LaneBank:
         return list(self._lanes.values())
 
     @property
+    def decode_lanes(self) -> list[Any]:
+        """Those that replay graphs on a GPU."""
+        return [lane for (role, _), lane in self._lanes.items() if role == DECODE_LANE]
+
+    @property
     def num_roles(self) -> int:
         """Lanes of the scheduler."""
         return len({role for role in self._roles if role in (DECODE_LANE, PREFILL_LANE)})

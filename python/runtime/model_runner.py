@@ -63,9 +63,9 @@ class ModelRunner:
         return _native.Frame(self.program, self.arena, self.rows, *self._frame_sizes)
 
     def capture_graphs(self) -> None:
-        """Captures every lane's decode graphs; returns when they are there. Raises RuntimeError with what failed."""
+        """Captures all graphs of the lanes that decode, and waits for them. Raises RuntimeError with what failed."""
         frame = self._new_frame()  # one that holds no step
-        for lane in self.bank.native_lanes:
+        for lane in self.bank.decode_lanes:
             lane.capture_graphs(frame)
             while not (completions := self.completions.wait_any(-1.0)):
                 pass
