@@ -63,7 +63,7 @@ class ModelRunner:
         return _native.Frame(self.program, self.arena, self.rows, *self._frame_sizes)
 
     def capture_graphs(self) -> None:
-        """Captures all graphs of the lanes that decode, and waits for them. Raises RuntimeError with what failed."""
+        """Captures the graphs of all decode lanes; returns when they are there. Raises RuntimeError with what failed."""
         frame = self._new_frame()  # one that holds no step
         for lane in self.bank.decode_lanes:
             lane.capture_graphs(frame)

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
+from scheduler.arrangement import PREFILL_LANE
 from scheduler.composer import Composer
 from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel
@@ -437,6 +438,8 @@ class Scheduler:
         planner, has_arranged = self._planner, False
         for lane, flights in enumerate(self._lanes):
             while len(flights) < self.config.max_plans_in_flight and (self._running or self._waiting or self._runs):
+                if lane == PREFILL_LANE and flights and self._runs.in_flight() is not None:
+                    break  # prompts go one run at a time: whatever the arrangement, nothing could be begun behind it
                 if not has_arranged:
                     planner.arrange()
                     has_arranged = True

@@ -27,6 +27,10 @@ FEW_PAGES = 13  # 208 tokens, where six requests run that may grow to some 500
 MAX_TOKENS = 20
 
 
+# Tests register others, in whatever order they are collected.
+SHIPPED = sorted(name for name in policies._presets if not name.startswith("chosen"))
+
+
 @pytest.fixture(scope="module")
 def loaded():
     return load("smollm2", **LIMITS)
@@ -96,7 +100,7 @@ def check_equal(loaded, prompts, expected, **args) -> EngineUnderTest:
     return engine
 
 
-@pytest.mark.parametrize("name", sorted(policies._presets))
+@pytest.mark.parametrize("name", SHIPPED)
 def test_every_policy(loaded, prompts, expected, plans, name):
     engine = check_equal(loaded, prompts, expected, policy=name)
     lanes = policies.policy_named(name).lanes
@@ -104,7 +108,8 @@ def test_every_policy(loaded, prompts, expected, plans, name):
         assert {plan.lane for plan in plans} == ({0} if lanes == "off" else {0, 1})
     if name in ("layered", "flowprefill"):
         assert any(plan.continues for plan in plans), "no prompt went in parts"
-    assert engine.engine.stats()["num_preemptions"] > 0, "there were enough pages after all"
+    if name != "nanoflow":  # which lets nobody in who would have to give way later
+        assert engine.engine.stats()["num_preemptions"] > 0, "there were enough pages after all"
 
 
 @pytest.mark.parametrize("lanes", ["off", "50:50", "100:100"])

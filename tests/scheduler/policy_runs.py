@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from scheduler.arrangement import Arrangement, Controller
 from scheduler.cost_model import CostModel
 from scheduler.machine import Machine
+from scheduler.request import Request
 from scheduler.simulator.costs import ModelCosts
 from scheduler.simulator.report import percentile
 from scheduler.simulator.setup import load_model, scheduler_config
@@ -91,3 +92,15 @@ def record(one: Simulation, controller: Controller | None = None) -> Recorder:
     recorder = Recorder(controller or scheduler._controller)
     scheduler._controller = scheduler._planner._controller = recorder
     return recorder
+
+
+def with_own_targets(
+    policy: str, drawn: Sequence[tuple[float, int, int, float | None]], *, observe=None, **fields
+) -> Simulation:
+    """Requests of (arrival, prompt tokens, generated tokens, TTFT target)."""
+    one = simulation(policy, [], observe=observe, **fields)
+    for index, (arrival_s, num_prompt, num_output, target_s) in enumerate(drawn):
+        name = f"r{index}"
+        request = Request(name, range(num_prompt), num_output, arrival_s=arrival_s, namespace=name, ttft_s=target_s)
+        one.add(round(arrival_s * 1e9), request)
+    return one
