@@ -99,7 +99,12 @@ class ModelRunner:
         # Plans of a role follow each other, also when the border has moved: what one native lane runs is over before
         # another begins.
         if not flights or (flights[-1].ticket and flights[-1].lane is flight.lane):
-            self._submit(flight)
+            try:
+                self._submit(flight)
+            except ValueError:
+                if flight.nano is None:  # of a step in nano-batches some ranges may be on their way
+                    self._give_back(flight)
+                raise
         flights.append(flight)
 
     def _append_pages(self, plan: LanePlan) -> None:

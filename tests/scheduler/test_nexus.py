@@ -72,10 +72,11 @@ def test_each_objective_keeps_the_other_sides_slack_on_the_cost_model(num, conte
         return MODEL.step_cost(shape, 1.0 - share).duration_s(other) / MODEL.step_s(shape)
 
     kept = [at for at, share in enumerate(RUNGS) if slow_down(share) <= BETA]
-    assert place == max(kept)
+    most = max(kept)
+    assert place == most
     place = controller.best_cut(shape, prompts, is_full=True)
     kept = [at for at, share in enumerate(RUNGS) if MODEL.step_s(prompts, share) <= ALPHA * MODEL.step_s(prompts)]
-    assert place == min(kept)
+    assert place == min(min(kept), most)  # decodes never get less for being preferred
 
 
 def test_a_search_from_where_the_border_is_asks_for_few_shares():

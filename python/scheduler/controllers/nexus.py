@@ -115,18 +115,20 @@ class Nexus:
         """The place in the ladder of prefill shares."""
         self.num_searches += 1
         last = len(self._cuts) - 1
+        limit_s = BETA * self._model.step_s(decodes)
+        most = adjust(
+            last + 1, self._place, lambda place: self.decode_s(decodes, prompts, self._cuts[place]) <= limit_s
+        )
         if is_full:  # along the ladder of decode shares, which is the other way round
-            limit_s = ALPHA * self.prefill_s(prompts, 1.0)
+            slack_s = ALPHA * self.prefill_s(prompts, 1.0)
             place = adjust(
                 last + 1,
                 last - self._place,
-                lambda place: self.prefill_s(prompts, self._cuts[last - place]) <= limit_s,
+                lambda place: self.prefill_s(prompts, self._cuts[last - place]) <= slack_s,
             )
-            return last - place
-        limit_s = BETA * self._model.step_s(decodes)
-        return adjust(
-            last + 1, self._place, lambda place: self.decode_s(decodes, prompts, self._cuts[place]) <= limit_s
-        )
+            # On a machine that prompts do not saturate ALPHA leaves decodes less than BETA would: no more than that.
+            return min(last - place, most)
+        return most
 
     def prefill_s(self, prompts: StepShape, share: float) -> float:
         """As if it had the bandwidth to itself, which breaks the circle."""

@@ -99,6 +99,7 @@ class SemiPd:
         self._tpots: list[float] = []
         self._prompt_s: list[float] = []  # seconds of a prompt times the share it had
         self._num_prompts = 0
+        self._wants_tpot = False
         self._ttft_curve = InverseCurve()
         self._tpot_curve = InverseCurve()
         self._load = 0.0
@@ -119,6 +120,7 @@ class SemiPd:
 
     def hear_first_token(self, request: Request, now: float) -> None:
         self._num_prompts += 1
+        self._wants_tpot = self._wants_tpot or request.tpot_s is not None
         if request.first_scheduled_s is not None:
             self._prompt_s.append((now - request.first_scheduled_s) * self._parts(self._place)[0])
         if request.ttft_s is not None:
@@ -135,8 +137,9 @@ class SemiPd:
         return (x / (x + y), y / (x + y)) if x + y > 1.0 else (x, y)
 
     def _look(self, now: float) -> None:
-        if len(self._ttfts) + len(self._tpots) < MIN_SAMPLES:
-            return  # the window goes on until it says something
+        num_looked_at = len(self._ttfts) + len(self._tpots)
+        if num_looked_at < MIN_SAMPLES or (self._wants_tpot and len(self._tpots) < MIN_SAMPLES):
+            return  # the window goes on until it says something of both
         seconds = now - self._window_start_s
         if self._prompt_s and seconds > 0.0:
             self._load = self._num_prompts / seconds * (sum(self._prompt_s) / len(self._prompt_s))
@@ -160,6 +163,7 @@ class SemiPd:
             text += ", both fail: keep" if ttft > 1.0 else ", both pass: keep"
         self._arrangement = self._arranged(text)
         self._ttfts, self._tpots, self._prompt_s, self._num_prompts = [], [], [], 0
+        self._wants_tpot = False
         self._num_decisions, self._window_start_s = 0, now
 
     def _room(self, part: float) -> float:
