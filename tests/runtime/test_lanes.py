@@ -386,3 +386,15 @@ def test_an_engine_of_any_device_answers_the_same(loaded, prompts, expected, opt
             if event["cat"] == "node" and event["args"]["plan"] == step["args"]["plan"]
         ]
         assert within, step
+
+
+def test_graphs_are_captured_at_start_on_every_lane_that_decodes(loaded, prompts, expected):
+    if loaded.device.gpu is None:
+        pytest.skip("a CPU has no graphs")
+    limits = {**FEW, "max_num_batched_tokens": MAX_TOKENS, "max_model_len": MAX_LEN, "page_size": 32}
+    options = {"lanes": "50:50", "capture_at_start": True, "device": loaded.device.gpu.world}
+    with running_engine("tiny", loaded=loaded, **limits, **options) as engine:
+        lanes = engine.engine._runner.bank.decode_lanes
+        assert len(lanes) == 2 and all(lane.num_graphs > 0 for lane in lanes)
+        assert engine.run(prompts, max_tokens=NUM_NEW) == expected
+        assert sum(lane.num_graph_steps for lane in lanes) > 0
