@@ -46,7 +46,6 @@ CONFIGURATIONS: dict[str, dict] = {
     "nexus": {"policy": "nexus"},
     "flowprefill": {"policy": "flowprefill"},
     "nano-2": {"nano_batches": "2"},
-    "nanoflow": {"policy": "nanoflow"},
     "arbitrate": {"policy": "arbitrate"},
 }
 BASELINES = tuple(f"default-{budget}" for budget in BUDGETS)
@@ -196,9 +195,7 @@ def engine_args(namespace: argparse.Namespace) -> EngineArgs:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_arguments(parser)
-    parser.add_argument(
-        "--configurations", default=",".join(name for name in CONFIGURATIONS if name not in ("nano-2", "nanoflow"))
-    )
+    parser.add_argument("--configurations", default=",".join(name for name in CONFIGURATIONS if name != "nano-2"))
     parser.add_argument("--long-share", type=float, default=0.2, help="of the requests (default: 0.2)")
     parser.add_argument("--ttft-ms", type=float, help="target of chats (default: 8 times one alone)")
     parser.add_argument("--tpot-ms", type=float, help="target of all (default: 8 times one chat alone)")

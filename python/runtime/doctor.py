@@ -121,7 +121,19 @@ def describe_cpu(native: Any) -> dict[str, Any]:
         "affinity_cores": len(os.sched_getaffinity(0)),
         "cgroup_quota_cores": cgroup_quota_cores(),
         "usable_cores": native.usable_cores(),
+        "partitions": describe_core_partitions(native.usable_core_ids()),
     }
+
+
+def describe_core_partitions(cores: Sequence[int]) -> list[dict[str, Any]]:
+    """The cuts between prefill and decode among which --lanes auto may choose."""
+    from runtime.lane_bank import ALL_CUTS, CorePartitions
+
+    partitions = CorePartitions(cores, ALL_CUTS)
+    return [
+        {"share": rung, "prefill": partitions.cores(True, rung), "decode": partitions.cores(False, 1.0 - rung)}
+        for rung in partitions.rungs
+    ]
 
 
 def describe_memory() -> dict[str, int | None]:
@@ -218,6 +230,9 @@ def render_cpu(cpu: dict[str, Any]) -> Iterable[str]:
     limits = f"{cpu['online_cores']} online, {cpu['affinity_cores']} in the affinity mask, "
     limits += "no cgroup quota" if quota is None else f"cgroup quota of {quota:g}"
     yield from line("cores", f"{cpu['usable_cores']} usable ({limits})")
+    cuts = ", ".join(f"{round(100 * cut['share'])}:{round(100 * (1 - cut['share']))}" for cut in cpu["partitions"])
+    whole = "one core cannot be cut; --lanes 100:100 shares it in time"
+    yield from line("lanes", f"{cuts} (--lanes prefill:decode, percent of the cores)" if cuts else whole)
 
 
 def render_memory(memory: dict[str, int | None]) -> Iterable[str]:

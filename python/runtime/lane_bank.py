@@ -14,6 +14,7 @@ from scheduler.arrangement import DECODE_LANE, PREFILL_LANE
 from scheduler.config import parse_lanes
 
 WHOLE = 1.0
+ALL_CUTS = tuple(eighth / 8 for eighth in range(1, 8))  # shares of prefill that a movable border is offered
 # Beside the scheduler's lanes: the two over which a step's nano-batches interleave.
 NANO_COMPUTE, NANO_MEMORY = 2, 3
 _ROLE_NAMES = {
@@ -88,6 +89,11 @@ class LaneBank:
         return list(self._lanes.values())
 
     @property
+    def decode_lanes(self) -> list[Any]:
+        """On a GPU those that replay graphs."""
+        return [lane for (role, _), lane in self._lanes.items() if role == DECODE_LANE]
+
+    @property
     def num_roles(self) -> int:
         """Lanes of the scheduler."""
         return len({role for role in self._roles if role in (DECODE_LANE, PREFILL_LANE)})
@@ -110,7 +116,7 @@ class LaneBank:
 def _cuts_wanted(wanted: tuple[float, float] | None) -> tuple[float, ...]:
     """Shares of the first part at which the chip shall be cut: every eighth, or the one that was asked for."""
     if wanted is None:
-        return tuple(eighth / 8 for eighth in range(1, 8))
+        return ALL_CUTS
     return (wanted[0],) if sum(wanted) <= WHOLE + 1e-9 else ()
 
 
@@ -124,12 +130,16 @@ class CorePartitions:
         self.rungs = tuple(first / num for first in firsts)
         self.why_whole = "one core cannot be cut"
 
+    def cores(self, is_first: bool, share: float) -> list[int]:
+        """Of a part of this size; at least one."""
+        num = max(1, round(share * len(self._cores)))
+        return self._cores[:num] if is_first else self._cores[-num:]
+
     def lane(self, index: int, completions, is_first: bool, share: float, graph_rows: int) -> tuple[Any, str]:
         from runtime import _native
 
-        num = max(1, round(share * len(self._cores)))
-        cores = self._cores[:num] if is_first else self._cores[-num:]
-        return _native.Lane(index, cores, num, completions), f"cores {', '.join(map(str, cores))}"
+        cores = self.cores(is_first, share)
+        return _native.Lane(index, cores, len(cores), completions), f"cores {', '.join(map(str, cores))}"
 
 
 class SmPartitions:

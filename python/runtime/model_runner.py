@@ -63,9 +63,9 @@ class ModelRunner:
         return _native.Frame(self.program, self.arena, self.rows, *self._frame_sizes)
 
     def capture_graphs(self) -> None:
-        """Captures every lane's decode graphs; returns when they are there. Raises RuntimeError with what failed."""
+        """Captures the graphs of all decode lanes; returns when they are there. Raises RuntimeError with what failed."""
         frame = self._new_frame()  # one that holds no step
-        for lane in self.bank.native_lanes:
+        for lane in self.bank.decode_lanes:
             lane.capture_graphs(frame)
             while not (completions := self.completions.wait_any(-1.0)):
                 pass
@@ -99,7 +99,12 @@ class ModelRunner:
         # Plans of a role follow each other, also when the border has moved: what one native lane runs is over before
         # another begins.
         if not flights or (flights[-1].ticket and flights[-1].lane is flight.lane):
-            self._submit(flight)
+            try:
+                self._submit(flight)
+            except ValueError:
+                if flight.nano is None:  # of a step in nano-batches some ranges may be on their way
+                    self._give_back(flight)
+                raise
         flights.append(flight)
 
     def _append_pages(self, plan: LanePlan) -> None:

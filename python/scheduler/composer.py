@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from scheduler.config import SchedulerConfig
 from scheduler.outlook import Outlook
+from scheduler.peak_admission import PeakAdmission
 from scheduler.policy import Policy
 from scheduler.prefix_cache import PrefixMatch
 from scheduler.queues import RunningList, WaitingQueue
@@ -54,6 +55,7 @@ class Composer:
         preempt: Callable[[Request], None],
         is_draining: Callable[[], bool],
         outlook: Outlook,
+        peak: PeakAdmission | None = None,
     ) -> None:
         self._config = config
         self._policy = policy
@@ -63,6 +65,7 @@ class Composer:
         self._preempt = preempt
         self._is_draining = is_draining
         self._outlook = outlook
+        self._peak = peak
         self._has_lanes = config.num_lanes > 1
 
     def compose(self, lane: int, num_free_rows: int, is_idle: bool, token_budget: int = 0) -> Composition:
@@ -268,6 +271,10 @@ class Composer:
         # A head that did not fit is not matched anew each step; only more pages, or being alone, can change the answer.
         if not is_alone and num_available < request.admission_threshold:
             return False
+        if self._peak is not None and not is_alone:
+            admitted = [other for other, _ in composition.admissions]
+            if not self._peak.admits(request, [*self._running, *admitted]):
+                return False
         match = pages.match(request)
         start, num_tokens, num_needed = self._admission(request, match, composition.budget)
         if (

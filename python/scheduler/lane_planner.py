@@ -111,7 +111,7 @@ class LanePlanner:
             return self._next_of_prompts(lane, num_in_flight, num_free_rows, is_idle)
         if arrangement.is_spatial:
             composition = self._compose_decodes(is_idle)
-            share = arrangement.decode_share if self._outlook.has_prefill() else WHOLE_CHIP
+            share = arrangement.decode_share if self._outlook.is_prefilling() else WHOLE_CHIP
             return NextWork(share, composition)
         if arrangement.granularity == "token" and not self._runs:
             composition = self._composer.compose(lane, num_free_rows, is_idle, arrangement.token_budget)
@@ -228,14 +228,16 @@ class LanePlanner:
         resting = self._runs.first_resting()
         if resting is not None and resting.lead.rank < run.lead.rank:
             return run
-        if len(self._runs) >= self._config.max_resting_runs:
-            return None
+        if len(self._runs) >= self._config.max_resting_runs or self.arrangement.granularity == "token":
+            return None  # no new run begins: one that stopped would be the next to go on, and be stopped again
         lead = self._composer.run_lead(run.plan.lane)
         return run if lead is not None and lead.rank < run.lead.rank and self._can_begin(lead) else None
 
     def _can_begin(self, lead) -> bool:
         return lead.row is not None or (
-            len(self._outlook.running) < self._config.max_num_seqs and self._composer.has_pages_for(lead)
+            self._can_admit
+            and len(self._outlook.running) < self._config.max_num_seqs
+            and self._composer.has_pages_for(lead)
         )
 
 

@@ -88,13 +88,9 @@ def _preference(work: NanoWork, rule: str) -> Sequence[Sequence[float]]:
     return preference
 
 
-def num_states(work: NanoWork) -> int:
-    return (len(work.is_attention) + 1) ** len(work.chains)
-
-
 def best_order(work: NanoWork) -> tuple[tuple[int, ...], float]:
     """(an order of the least makespan, that makespan in seconds); operators do not slow each other. For small work
-    (num_states up to EXACT_STATES or so)."""
+    (nodes + 1) ** nano-batches up to EXACT_STATES or so."""
     chains, is_cut, is_attention = work
     num_nano, num_nodes = len(chains), len(is_attention)
     # A way to a state: times of the two lanes and of the nano-batches, then the ends of attentions that the next

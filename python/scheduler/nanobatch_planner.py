@@ -4,17 +4,14 @@
                                                                                            that goes on bit by bit
              ──> token counts in proportion, at whole tiles ──> ranges (kept per structure) ──> NanoPlan
 
-A kind that was not met before is searched a few hundred microseconds per call of plan(), until it is known; meanwhile its
-steps stay whole, or are cut in equal parts where nano-batches were asked for. That takes nothing from the clock: the same
-calls give the same plans, in real and in simulated time. prepare() does it at once, at start.
+Kinds that were not met before are searched a few hundred microseconds per call of plan() (nanobatch_kinds.py). Until then
+steps stay whole, or are cut in equal parts where nano-batches were asked for. No clock is asked: the same calls give the
+same plans, in real and in simulated time. Kinds that a full step may be are searched at start, some 50 ms each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
-from itertools import pairwise
-from math import log2
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel
@@ -27,31 +24,16 @@ from scheduler.nanobatch import (
     cut_chunks,
     split_requests,
 )
-from scheduler.nanobatch_cost import nano_makespan_s  # noqa: F401 (the simulator asks for it here)
+from scheduler.nanobatch_kinds import LEAST_PREDICTED_GAIN, KindSearch, fit_counts, kind_of, kind_words
 from scheduler.nanobatch_orders import lock_step
-from scheduler.nanobatch_search import SMALL_STEP_TOKENS, TILE_TOKENS, NanoStructure, search
-from scheduler.nanobatch_tables import ModelTable, NanoCosts, TypicalStep, lanes_along
+from scheduler.nanobatch_search import SMALL_STEP_TOKENS, TILE_TOKENS, NanoStructure
+from scheduler.nanobatch_tables import NanoCosts, TypicalStep, lanes_along
 from scheduler.nanobatch_timeline import ranges_of
 from scheduler.nanobatch_trial import NanoTrial
 from scheduler.step import LanePlan, ScheduledRequest
 from scheduler.step_shape import StepShape, shape_of
 
-# Layers are alike: what a few of them say about cuts and shares holds for all.
-SEARCHED_LAYERS = 4
-# Predicted part of a step's time below which cutting is not worth trying.
-LEAST_PREDICTED_GAIN = 0.03
 _MAX_KEPT_RANGES = 512
-
-
-class _Question(NamedTuple):
-    """What is searched for."""
-
-    kind: TypicalStep
-    num_nano: int  # 0: the best
-
-
-class _Answer(NamedTuple):
-    structure: NanoStructure | None  # None: too few tokens
 
 
 class NanoPlanner:
@@ -69,12 +51,13 @@ class NanoPlanner:
             )
         self._window = self._spec.sliding_window if self._spec is not None else 0
         self._is_attention = tuple(node.kind == "attention" for node in self._nodes)
-        self._answers: dict[_Question, _Answer] = {}
-        self._searches: dict[_Question, Generator[None, None, NanoStructure | None]] = {}
+        self._kinds = KindSearch(self._costs) if self._costs is not None else None
         self._ranges: dict[tuple, tuple[NanoRange, ...]] = {}
         self._known_lanes: dict[tuple[TypicalStep, bool], tuple[int, ...]] = {}
         self.trial = NanoTrial()
         self.reason = ""  # of the latest answer
+        if config.nano_batches == "auto":
+            self.prepare(dense_steps(config))
 
     def plan(self, requests: Sequence[ScheduledRequest], num_nano: int = 0) -> NanoPlan | None:
         """How a step of these requests is cut; None: it is not, and `reason` says why.
@@ -91,7 +74,7 @@ class NanoPlanner:
             return self._equal_parts(requests, num_nano, num_tokens) if num_nano else self._decline("no cost model")
         shape = shape_of(requests, self._window)
         kind = kind_of(shape)
-        answer = self._search_on(_Question(kind, num_nano))
+        answer = self._kinds.ask(kind, num_nano)
         structure = answer.structure if answer is not None else None
         if num_nano:
             plan = self._fitted(requests, shape, kind, structure) if structure is not None else None
@@ -100,18 +83,17 @@ class NanoPlanner:
             return self._decline("this kind of step is being searched")
         if structure is None or structure.gain < LEAST_PREDICTED_GAIN:
             return self._decline("one batch is as good by the cost model")
-        if not self.trial.chooses_nano(kind):
-            return self._decline(
-                "one batch, to compare with" if self.trial.verdict(kind) is None else "measured: no gain"
-            )
+        if not self.trial.chooses_nano(_trial_kind(kind)):
+            is_open = self.trial.verdict(_trial_kind(kind)) is None
+            return self._decline("one batch, to compare with" if is_open else "measured: no gain")
         return self._fitted(requests, shape, kind, structure)
 
     def predicted_gain(self, shape: StepShape) -> float:
         """Part of a step's time that plan() would save as far as is known now, for who weighs arrangements; 0 where it
         would leave the step whole. Searches nothing."""
         kind = kind_of(shape)
-        answer = self._answers.get(_Question(kind, 0))
-        if answer is None or answer.structure is None or self.trial.verdict(kind) is False:
+        answer = self._kinds.known(kind, 0) if self._kinds is not None else None
+        if answer is None or answer.structure is None or self.trial.verdict(_trial_kind(kind)) is False:
             return 0.0
         gain = answer.structure.gain
         return gain if gain >= LEAST_PREDICTED_GAIN else 0.0
@@ -120,55 +102,17 @@ class NanoPlanner:
         """A whole step took so long, cut or not: what the trial decides by."""
         if self._costs is not None and plan.node_range is None:
             kind = kind_of(shape_of(plan.requests, self._window))
-            self.trial.observe(kind, plan.nano is not None, plan.num_tokens, seconds)
+            self.trial.observe(_trial_kind(kind), plan.nano is not None, plan.num_tokens, seconds)
 
     def prepare(self, steps: Iterable[TypicalStep], num_nano: int = 0) -> None:
         """Searches for steps like these at once (some 50 ms each)."""
-        for step in steps:
-            question = _Question(kind_of(step.shape(0, step.num_tokens, self._window)), num_nano)
-            while self._costs is not None and self._search_on(question) is None:
-                pass
+        for step in steps if self._kinds is not None else ():
+            self._kinds.search_now(kind_of(step.shape(0, step.num_tokens, self._window)), num_nano)
 
     def describe(self) -> list[str]:
         """For people: what was found for each kind of step, and what measurements said."""
-        lines = []
-        for (kind, _), (structure,) in self._answers.items():
-            words = (
-                "too few tokens"
-                if structure is None
-                else (f"{structure.token_counts} tokens at shares {structure.shares}: {structure.gain:+.1%}")
-            )
-            lines.append(f"{_kind_words(kind)}: by the model {words}")
-        return lines + [f"trial, {line}" for line in self.trial.describe(_kind_words)]
-
-    # Searching
-
-    def _search_on(self, question: _Question) -> _Answer | None:
-        """The answer, or one more piece of work on it."""
-        answer = self._answers.get(question)
-        if answer is not None:
-            return answer
-        steps = self._searches.get(question)
-        if steps is None:
-            steps = self._searches[question] = self._search(*question)
-        try:
-            next(steps)
-        except StopIteration as end:
-            del self._searches[question]
-            answer = self._answers[question] = _Answer(end.value)
-        return answer
-
-    def _search(self, kind: TypicalStep, num_nano: int) -> Generator[None, None, NanoStructure | None]:
-        few_layers, whole = ModelTable(self._costs, kind, SEARCHED_LAYERS), ModelTable(self._costs, kind)
-        if num_nano:
-            return (yield from search(few_layers, num_nano, whole))
-        best: NanoStructure | None = None
-        for count in range(2, MAX_NANO_BATCHES + 1):
-            structure = yield from search(few_layers, count, whole)
-            if structure is None or (best is not None and structure.makespan_s >= best.makespan_s):
-                break  # more pieces read the weights more often; where one more does not help, two do not
-            best = structure
-        return best
+        found = self._kinds.describe() if self._kinds is not None else []
+        return found + [f"trial, {line}" for line in self.trial.describe(kind_words)]
 
     # From a structure to a plan
 
@@ -179,7 +123,8 @@ class NanoPlanner:
         if token_counts is None:
             return self._decline("too few tokens for the structure that was found")
         words = f"{len(token_counts)} nano-batches: {structure.gain:+.1%} by the cost model"
-        return self._plan(requests, token_counts, structure.shares, structure.order, words)
+        # The lanes go with the order: a node whose class is near the border would, on the other lane, stand in the way.
+        return self._plan(requests, token_counts, structure.shares, structure.order, words, structure.lanes)
 
     def _equal_parts(self, requests: Sequence[ScheduledRequest], num_nano: int, num_tokens: int) -> NanoPlan | None:
         num_nano = min(num_nano, num_tokens)
@@ -194,11 +139,13 @@ class NanoPlanner:
 
     def _plan(
         self, requests: Sequence[ScheduledRequest], token_counts: tuple[int, ...], shares: tuple[float, float],
-        order: tuple[int, ...], reason: str,
+        order: tuple[int, ...], reason: str, lanes: tuple[tuple[int, ...], ...] | None = None,
     ) -> NanoPlan | None:  # fmt: skip
+        """lanes: None for those of the nodes' classes."""
         is_cut = cut_chunks(requests, token_counts)
-        pieces = split_requests(requests, token_counts)
-        lanes = tuple(self._lanes(shape_of(piece, self._window)) for piece in pieces)
+        if lanes is None:
+            pieces = split_requests(requests, token_counts)
+            lanes = tuple(self._lanes(shape_of(piece, self._window)) for piece in pieces)
         key = (order, lanes, is_cut)
         ranges = self._ranges.get(key)
         if ranges is None:
@@ -236,28 +183,19 @@ def class_lanes(spec: ModelSpec, shape: StepShape) -> tuple[int, ...]:
     return lanes_along(classes)
 
 
-def kind_of(shape: StepShape) -> TypicalStep:
-    """The typical step that stands for all whose sizes are within a factor of about 1.2 (context before the chunks: 1.4).
-    Whole powers of two were tried: a cut that was found 15 % better lost 2 % on a step at the far end of its kind."""
-    num_chunks = shape.num_requests - shape.num_decodes
-    num_chunk_tokens = shape.num_chunk_tokens
-    decode_kv = shape.decode_kv_tokens / shape.num_decodes if shape.num_decodes else 0
-    chunk_start = (shape.chunk_kv_tokens - num_chunk_tokens) / num_chunks if num_chunks else 0
-    return TypicalStep(
-        _rounded(shape.num_decodes, 2), _rounded(decode_kv, 2), _rounded(num_chunk_tokens, 2), _rounded(chunk_start, 1)
-    )
+def _trial_kind(kind: TypicalStep) -> TypicalStep:
+    """What is measured together: the context before a chunk changes little of what cutting gains."""
+    return kind._replace(chunk_start=0)
 
 
-def _rounded(value: float, steps_per_octave: int) -> int:
-    """To a power of two, or one between; 0 stays 0."""
-    return round(2.0 ** (round(log2(value) * steps_per_octave) / steps_per_octave)) if value >= 1 else 0
-
-
-def _kind_words(kind: TypicalStep) -> str:
-    return (
-        f"about {kind.num_decodes} decodes of {kind.decode_kv} tokens, {kind.num_chunk_tokens} prompt tokens after "
-        f"{kind.chunk_start}"
-    )
+def dense_steps(config: SchedulerConfig) -> list[TypicalStep]:
+    """Steps that are full, as they are under load: what is searched at start, for others to borrow from."""
+    steps, most = [], config.max_num_batched_tokens
+    for num_decodes in (config.max_num_seqs, config.max_num_seqs // 2, config.max_num_seqs // 4):
+        for decode_kv in (512, 2048, 8192):
+            if 0 < num_decodes < most and decode_kv <= config.max_model_len:
+                steps.append(TypicalStep(num_decodes, decode_kv, most - num_decodes, 0))
+    return steps
 
 
 def equal_counts(num_tokens: int, num_nano: int) -> tuple[int, ...]:
@@ -265,28 +203,3 @@ def equal_counts(num_tokens: int, num_nano: int) -> tuple[int, ...]:
     tile = TILE_TOKENS if num_tokens >= SMALL_STEP_TOKENS else 1
     bounds = [i * num_tokens // num_nano // tile * tile for i in range(num_nano)]
     return tuple(last - first for first, last in zip(bounds, (*bounds[1:], num_tokens), strict=True))
-
-
-def fit_counts(
-    token_counts: Sequence[int], step: TypicalStep, num_decodes: int, num_tokens: int
-) -> tuple[int, ...] | None:
-    """The cuts of a typical step, at the same places among the decodes and among the prompt tokens of this one; None if
-    some part would be empty."""
-    tile = TILE_TOKENS if num_tokens >= SMALL_STEP_TOKENS else 1
-    num_chunk_tokens = num_tokens - num_decodes
-    bounds, reached = [0], 0
-    for count in token_counts[:-1]:
-        reached += count
-        if reached <= step.num_decodes:
-            bound = num_decodes * reached // step.num_decodes
-            # The nearest whole tile, but not beyond the decodes: what lies there was found without a wait.
-            nearest = (bound + tile // 2) // tile * tile
-            bound = nearest if reached < step.num_decodes and nearest <= num_decodes else bound
-        else:
-            bound = num_decodes + num_chunk_tokens * (reached - step.num_decodes) // step.num_chunk_tokens
-            nearest = (bound + tile // 2) // tile * tile
-            bound = nearest if num_decodes < nearest < num_tokens else bound
-        bounds.append(bound)
-    bounds.append(num_tokens)
-    counts = tuple(last - first for first, last in pairwise(bounds))
-    return counts if min(counts) > 0 else None

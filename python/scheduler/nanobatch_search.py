@@ -1,10 +1,11 @@
 """The search for nano-batches: how many, cut where, in which order, with which shares of the chip (NanoFlow's
 auto-search, arXiv 2408.12757 section 4.2, without a solver).
 
-    stage I    structure: every way to cut the rows at a handful of places, every order (small work) or a handful of them,
-               operators at solo speed
-    stage II   shares: for the best structures, from the balanced pair of shares uphill to the best; operators as slow as
-               their lane's share makes them, and drawing from the same memory
+    stage I    structure: every way to cut the rows at a handful of places, a handful of orders, at the pair of shares that
+               balances the lanes (NanoFlow: at solo speed, as if there were no interference. Tried: many cuts are then
+               equally good, and the one that was kept lost up to 9 % against another once shares were real)
+    stage II   shares: for the best structures, from there uphill to the best pair, with the lanes drawing from the same
+               memory
 
 Small work is searched in one go instead, every cut at every pair of shares with its best order: the optimum of what can be
 said. A search is a generator that yields after a piece of work of some hundred microseconds, so that whoever has no
@@ -17,15 +18,15 @@ from collections.abc import Generator, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
-from scheduler.nanobatch import MAX_NANO_BATCHES, NanoRange
-from scheduler.nanobatch_orders import EXACT_STATES, RULES, best_order, list_order, num_states
+from scheduler.nanobatch import MAX_NANO_BATCHES
+from scheduler.nanobatch_orders import EXACT_STATES, RULES, best_order, list_order
 from scheduler.nanobatch_tables import SOLO, NanoTable
-from scheduler.nanobatch_timeline import NanoWork, ranges_makespan_s, ranges_of
+from scheduler.nanobatch_timeline import NanoWork, makespan_steps, ranges_makespan_s, ranges_of
 
 TILE_TOKENS = 16  # matrix products round up to it, so cuts are at whole tiles
 SMALL_STEP_TOKENS = 64  # where tiles would leave no choice: cuts anywhere
 MAX_CUT_PLACES = 8  # a step is cut at multiples of one part in so many
-STRUCTURES_KEPT = 2  # per number of nano-batches, for stage II
+STRUCTURES_KEPT = 4  # per number of nano-batches, for stage II
 
 
 class NanoStructure(NamedTuple):
@@ -34,6 +35,7 @@ class NanoStructure(NamedTuple):
     token_counts: tuple[int, ...]
     shares: tuple[float, float]
     order: tuple[int, ...]
+    lanes: tuple[tuple[int, ...], ...]  # [nano-batch][node]
     makespan_s: float
     sequential_s: float
 
@@ -58,12 +60,8 @@ def cuts(num_tokens: int, num_nano: int) -> list[tuple[int, ...]]:
 
 def makespan_s(work: NanoWork, order: Sequence[int], table: NanoTable) -> float:
     """Of an order, as the ranges that it becomes."""
-    return ranges_makespan_s(_ranges(work, order), work.chains, table.contention)
-
-
-def _ranges(work: NanoWork, order: Sequence[int]) -> tuple[NanoRange, ...]:
-    lanes = [[operator.lane for operator in chain] for chain in work.chains]
-    return ranges_of(order, lanes, work.is_cut, work.is_attention)
+    ranges = ranges_of(order, work.lanes(), work.is_cut, work.is_attention)
+    return ranges_makespan_s(ranges, work.chains, table.contention)
 
 
 def search(
@@ -83,16 +81,7 @@ def search(
         found = yield from _search_in_stages(table, ways)
     if whole is None or whole is table:
         return found
-    return (yield from _for_whole(whole, found))
-
-
-def finish(steps: Generator) -> NanoStructure | None:
-    """A search in one go."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
+    return (yield from structure_at(whole, found.token_counts, found.shares))
 
 
 def _search_all(table: NanoTable, ways: Sequence[tuple[int, ...]]) -> Generator[None, None, NanoStructure]:
@@ -104,53 +93,49 @@ def _search_all(table: NanoTable, ways: Sequence[tuple[int, ...]]) -> Generator[
             if best is None or max(work.lane_seconds()) < best.makespan_s:
                 order, order_s = best_order(work)
                 if best is None or order_s < best.makespan_s:
-                    best = NanoStructure(counts, shares, order, order_s, sequential_s)
+                    best = NanoStructure(counts, shares, order, work.lanes(), order_s, sequential_s)
             yield
     return best
 
 
 def _search_in_stages(table: NanoTable, ways: Sequence[tuple[int, ...]]) -> Generator[None, None, NanoStructure]:
-    kept: list[tuple[float, tuple[int, ...], tuple[float, float]]] = []  # (solo makespan, counts, seconds of the lanes)
+    position = yield from _balanced_pair(table, ways)
+    sequential_s = table.sequential_s()
+    kept: list[tuple[float, tuple[int, ...]]] = []  # (makespan, counts)
     for counts in ways:
-        work = table.work(counts, SOLO)
-        lane_s = work.lane_seconds()
+        work = table.work(counts, table.share_pairs[position])
         yield
-        if len(kept) == STRUCTURES_KEPT and max(lane_s) >= kept[-1][0]:
+        if len(kept) == STRUCTURES_KEPT and max(work.lane_seconds()) >= kept[-1][0]:
             continue  # even without any wait it would not be among the best
-        order_s = yield from _best_rule(work)
-        kept.append((order_s, counts, lane_s))
+        found = yield from _best_order_of(table, work, counts, table.share_pairs[position], sequential_s)
+        kept.append((found.makespan_s, counts))
         kept.sort()
         del kept[STRUCTURES_KEPT:]
-    sequential_s = table.sequential_s()
     best: NanoStructure | None = None
-    for _, counts, lane_s in kept:
-        found = yield from _climb(table, counts, lane_s, sequential_s)
+    for _, counts in kept:
+        found = yield from _climb(table, counts, position, sequential_s)
         if best is None or found.makespan_s < best.makespan_s:
             best = found
     return best
 
 
-def _best_rule(work: NanoWork) -> Generator[None, None, float]:
-    """Makespan at solo speed of the best order."""
-    if num_states(work) <= EXACT_STATES // 4:
-        order_s = best_order(work)[1]
-        yield
-        return order_s
-    makespans = []
-    for rule in RULES:
-        _, order_s = yield from list_order(work, rule)
-        makespans.append(order_s)
-        yield
-    return min(makespans)
+def _balanced_pair(table: NanoTable, ways: Sequence[tuple[int, ...]]) -> Generator[None, None, int]:
+    """Index of the pair of shares at which the busier lane has least to do, by the way whose parts are most even and the
+    one whose parts are least so."""
+    by_evenness = sorted(ways, key=lambda counts: (max(counts) - min(counts), counts))
+    bounds = []
+    for index, shares in enumerate(table.share_pairs):
+        for counts in (by_evenness[0], by_evenness[-1]):
+            bounds.append((max(table.work(counts, shares).lane_seconds()), index))
+            yield
+    return min(bounds)[1]
 
 
 def _climb(
-    table: NanoTable, counts: tuple[int, ...], lane_s: tuple[float, float], sequential_s: float
+    table: NanoTable, counts: tuple[int, ...], position: int, sequential_s: float
 ) -> Generator[None, None, NanoStructure]:
-    """Uphill over the pairs of shares, from the one that gives the lanes about what they have to do."""
+    """Uphill over the pairs of shares, from that at `position`."""
     pairs = table.share_pairs
-    wanted = lane_s[0] / max(lane_s[0] + lane_s[1], 1e-12)
-    position = min(range(len(pairs)), key=lambda i: (abs(pairs[i][0] - wanted), i))
     known: dict[int, NanoStructure] = {}
 
     def at(index: int) -> Generator[None, None, NanoStructure]:
@@ -175,21 +160,30 @@ def _climb(
 def _best_at(
     table: NanoTable, counts: tuple[int, ...], shares: tuple[float, float], sequential_s: float
 ) -> Generator[None, None, NanoStructure]:
-    """The best order at these shares, with contention."""
     work = table.work(counts, shares)
-    best: NanoStructure | None = None
     yield
+    return (yield from _best_order_of(table, work, counts, shares, sequential_s))
+
+
+def _best_order_of(
+    table: NanoTable, work: NanoWork, counts: tuple[int, ...], shares: tuple[float, float], sequential_s: float
+) -> Generator[None, None, NanoStructure]:
+    """The order that is best at these shares before contention, with what contention makes of it."""
+    best: tuple[float, tuple[int, ...]] | None = None
     for rule in RULES:
-        order, _ = yield from list_order(work, rule)
+        order, order_s = yield from list_order(work, rule)
         yield
-        ranges = _ranges(work, order)
-        yield
-        order_s = ranges_makespan_s(ranges, work.chains, table.contention)
-        if best is None or order_s < best.makespan_s:
-            best = NanoStructure(counts, shares, order, order_s, sequential_s)
-        yield
-    return best
+        if best is None or order_s < best[0]:
+            best = order_s, order
+    lanes = work.lanes()
+    ranges = ranges_of(best[1], lanes, work.is_cut, work.is_attention)
+    yield
+    order_s = yield from makespan_steps(ranges, work.chains, table.contention)
+    return NanoStructure(counts, shares, best[1], lanes, order_s, sequential_s)
 
 
-def _for_whole(whole: NanoTable, found: NanoStructure) -> Generator[None, None, NanoStructure]:
-    return (yield from _best_at(whole, found.token_counts, found.shares, whole.sequential_s()))
+def structure_at(
+    table: NanoTable, token_counts: tuple[int, ...], shares: tuple[float, float]
+) -> Generator[None, None, NanoStructure]:
+    """A structure that was found for other work, on this table: its cut and shares, with the best order for them here."""
+    return _best_at(table, token_counts, shares, table.sequential_s())

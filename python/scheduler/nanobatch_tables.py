@@ -170,7 +170,7 @@ class TypicalStep(NamedTuple):
 
 class ModelTable:
     """A typical step by the cost model. max_layers: a search that compares cuts needs no more than a few of the model's
-    layers, which are alike; None: all."""
+    layers, which are alike, and nothing else: beside so few layers the logits would weigh too much. None: all nodes."""
 
     def __init__(self, costs: NanoCosts, step: TypicalStep, max_layers: int | None = None) -> None:
         self._costs = costs
@@ -179,13 +179,22 @@ class ModelTable:
         self.contention = costs.contention
         self.share_pairs = costs.share_pairs
         self._kept = [
-            index for index, node in enumerate(costs.nodes) if max_layers is None or node.layer < max_layers
+            index for index, node in enumerate(costs.nodes) if max_layers is None or 0 <= node.layer < max_layers
         ]  # fmt: skip
         self._is_attention = tuple(costs.is_attention[index] for index in self._kept)
+        self._chains: dict[tuple[int, int, tuple[float, float]], tuple[Operator, ...]] = {}
+        self._lanes: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def sequential_s(self) -> float:
         chain = self._chain(0, self.num_tokens, SOLO)
         return sum(operator.alone_s for operator in chain)
+
+    def hideable(self) -> float:
+        """Part of the step that could at best run beside the rest: no cut saves more."""
+        seconds = [0.0, 0.0]
+        for operator in self._chain(0, self.num_tokens, SOLO):
+            seconds[operator.lane] += operator.alone_s
+        return min(seconds) / sum(seconds)
 
     def work(self, token_counts: Sequence[int], shares: tuple[float, float]) -> NanoWork:
         chains, is_cut, first = [], [], 0
@@ -198,9 +207,16 @@ class ModelTable:
         return NanoWork(with_handoffs, tuple(is_cut[:-1]), self._is_attention)
 
     def _chain(self, first: int, last: int, shares: tuple[float, float]) -> tuple[Operator, ...]:
-        shape = self._step.shape(first, last, self._costs.model.window)
-        chain = self._costs.chain(shape, self._costs.lanes(shape), shares)
-        return tuple(chain[index] for index in self._kept)
+        """Kept: a search asks for the same piece beside many others."""
+        chain = self._chains.get((first, last, shares))
+        if chain is None:
+            shape = self._step.shape(first, last, self._costs.model.window)
+            lanes = self._lanes.get((first, last))
+            if lanes is None:
+                lanes = self._lanes[first, last] = self._costs.lanes(shape)
+            whole = self._costs.chain(shape, lanes, shares)
+            chain = self._chains[first, last, shares] = tuple([whole[index] for index in self._kept])
+        return chain
 
 
 def add_handoffs(

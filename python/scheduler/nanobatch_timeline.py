@@ -7,9 +7,9 @@ of the whole list, no two lanes can wait for each other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scheduler.nanobatch import NanoRange
 
@@ -30,6 +30,9 @@ class NanoWork(NamedTuple):
     chains: tuple[tuple[Operator, ...], ...]  # [nano-batch][node]; all of the same length
     is_cut: tuple[bool, ...]  # per boundary: it lies inside a request's tokens
     is_attention: tuple[bool, ...]  # per node
+
+    def lanes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple([operator.lane for operator in chain]) for chain in self.chains)
 
     def lane_seconds(self) -> tuple[float, float]:
         """What each lane has to do: no order is done sooner than the larger of the two."""
@@ -94,11 +97,30 @@ def ranges_of(
     return tuple(NanoRange(*fields) for fields in found)
 
 
+EVENTS_PER_PAUSE = 100  # of makespan_steps: some hundred microseconds
+
+
 def ranges_makespan_s(
     ranges: Sequence[NanoRange], chains: Sequence[Sequence[Operator]], contention: Contention | None = None
 ) -> float:
     """Until the last range ends, in a fluid model: each lane runs its ranges in order; while both are busy, what waits for
     memory stretches as far as together they want more than there is. contention: None: they do not touch each other."""
+    return finish(makespan_steps(ranges, chains, contention))
+
+
+def finish(steps: Generator[None, None, Any]) -> Any:
+    """What a generator that is worked off bit by bit returns, in one go."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def makespan_steps(
+    ranges: Sequence[NanoRange], chains: Sequence[Sequence[Operator]], contention: Contention | None = None
+) -> Generator[None, None, float]:
+    """ranges_makespan_s, bit by bit."""
     tasks = [_task(entry, chains[entry.nano]) for entry in ranges]
     queues: tuple[list[int], list[int]] = ([], [])
     for index, entry in enumerate(ranges):
@@ -106,8 +128,11 @@ def ranges_makespan_s(
     shared, strength = contention or Contention()
     has_ended = [False] * len(ranges)
     heads, running, left_s = [0, 0], [-1, -1], [0.0, 0.0]
-    now = 0.0
+    now, num_events = 0.0, 0
     while True:
+        num_events += 1
+        if num_events % EVENTS_PER_PAUSE == 0:
+            yield
         for lane in (0, 1):
             if running[lane] < 0 and heads[lane] < len(queues[lane]):
                 index = queues[lane][heads[lane]]

@@ -11,6 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from scheduler.config import SchedulerConfig
+from scheduler.request import Request
+
+FIRST_GUESS_TOKENS = 256  # length of an answer, until answers have ended
+
 
 class HeldTokens(NamedTuple):
     """A request's KV as it is and as it is going to be."""
@@ -60,3 +65,35 @@ def admits_by_peak(held: Iterable[HeldTokens], candidate: HeldTokens, num_kv_tok
     peak fits in num_kv_tokens. Alone it always may: nobody can make room for it."""
     running = list(held)
     return not running or predicted_peak_tokens([*running, candidate]) <= num_kv_tokens
+
+
+class PeakAdmission:
+    """The rule for one scheduler: it hears who ended and is asked who may begin. KV that requests share is counted for each
+    of them, and a page per request for what its last one does not fill: it errs to the side of waiting."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._mean = MeanDecodeLength(FIRST_GUESS_TOKENS)
+        self._page_size = config.page_size
+        self._num_kv_tokens = config.num_pages // config.num_kv_groups * config.page_size
+        self._refused: Request | None = None  # nobody ended since then
+
+    def hear_finished(self, request: Request) -> None:
+        if request.output_token_ids:
+            self._mean.hear_finished(request.num_output_tokens)
+        self._refused = None
+
+    def hear_preempted(self) -> None:
+        self._refused = None
+
+    def admits(self, request: Request, running: Iterable[Request]) -> bool:
+        """running: who holds KV or is about to, prompts that are not done included."""
+        if request is self._refused:
+            return False  # as time passes the predicted peak stays or, where answers outlive the mean, rises
+        if admits_by_peak([self._held(other) for other in running], self._held(request), self._num_kv_tokens):
+            return True
+        self._refused = request
+        return False
+
+    def _held(self, request: Request) -> HeldTokens:
+        remaining = remaining_tokens(request.num_output_tokens, request.max_tokens, self._mean.tokens)
+        return HeldTokens(request.num_known_tokens + self._page_size - 1, remaining)

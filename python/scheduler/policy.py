@@ -16,6 +16,7 @@ from scheduler.arrangement import Controller
 from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel
 from scheduler.outlook import Outlook
+from scheduler.peak_admission import PeakAdmission
 from scheduler.request import Request
 from scheduler.splitfuse import splitfuse_token_budget
 
@@ -87,6 +88,8 @@ class Policy:
     token_budget: Callable[[Outlook, int], int] = fixed_token_budget  # (outlook, lane) -> tokens of its next step
     chunk: Callable[[int, int, SchedulerConfig], int] = fill_budget  # (pending, budget left) -> tokens, at least 1
     admits: Callable[[int, int, bool, SchedulerConfig], bool] = leave_watermark  # (needed, available pages, is alone)
+    # Beside `admits`: of whoever is not alone, by what all will need later
+    peak: Callable[[SchedulerConfig], PeakAdmission] | None = None
     victim: Callable[[Sequence[Request]], Request | None] = lowest_then_latest  # from running requests, by rank
     mixes: bool = True  # a step holds decodes and prompt chunks; else prompts go first and decodes wait for them
     # Of prompts that go through the program in parts: the most tokens of one run, (outlook, who leads it) -> tokens

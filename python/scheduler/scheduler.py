@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
+from scheduler.arrangement import PREFILL_LANE
 from scheduler.composer import Composer
 from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel
@@ -94,9 +95,10 @@ class Scheduler:
         self._draining: set[Request] = set()
         self._runs = RunTable()
         self._outlook = Outlook(config, cost_model, self._running, self._waiting, self._runs, self._pages)
+        self._peak = self._policy.peak(config) if self._policy.peak is not None else None
         self._composer = Composer(
             config, self._policy, self._running, self._waiting, self._pages, self._preempt, lambda: bool(self._draining),
-            self._outlook,
+            self._outlook, self._peak,
         )  # fmt: skip
         self._controller = controller_for(config, self._policy, cost_model)
         self._planner: LanePlanner | None = None  # None: plans are the composer's, whole and of one lane's kind
@@ -344,6 +346,8 @@ class Scheduler:
                 self._controller.hear_finished(request, now)
         if self._order is not None:
             self._order.ended(request)
+        if self._peak is not None:
+            self._peak.hear_finished(request)
         if was_running:
             self._running.remove(request)
         if is_holding:
@@ -359,6 +363,8 @@ class Scheduler:
         request.status = PREEMPTED
         request.num_preemptions += 1
         self._num_preemptions += 1
+        if self._peak is not None:
+            self._peak.hear_preempted()
         self._running.remove(request)
         self._drain(request)
         if request.run is not None:
@@ -432,6 +438,8 @@ class Scheduler:
         planner, has_arranged = self._planner, False
         for lane, flights in enumerate(self._lanes):
             while len(flights) < self.config.max_plans_in_flight and (self._running or self._waiting or self._runs):
+                if lane == PREFILL_LANE and flights and self._runs.in_flight() is not None:
+                    break  # prompts go one run at a time: whatever the arrangement, nothing could be begun behind it
                 if not has_arranged:
                     planner.arrange()
                     has_arranged = True

@@ -2,169 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from runtime import _native
 from runtime.ops.sampling import (
     GpuSampler,
-    SamplingParams,
-    philox4x32_10,
-    sample_token,
-    sampling_distribution,
-    score_gpu,
     soft_cap_gpu,
 )
-
-MAX_TOP = _native.max_top_logprobs
-MAX_TOKENS = 400
-UNTOUCHED = -77
+from tests.kernels.gpu_sampling_cases import (
+    MAX_TOKENS,
+    MAX_TOP,
+    SHAPES,
+    UNTOUCHED,
+    Batch,
+    make_params,
+    on_gpu,
+    on_host,
+    peaked,
+    random_logits,
+    random_params,
+)
 
 
 @pytest.fixture
 def rng():
     return np.random.default_rng()
-
-
-def make_params(**fields) -> SamplingParams:
-    params = SamplingParams()
-    for name, value in fields.items():
-        setattr(params, name, value)
-    return params
-
-
-def on_gpu(gpu, host: np.ndarray):
-    array = _native.GpuArray(gpu, list(host.shape), host.dtype.name)
-    array.upload(np.ascontiguousarray(host))
-    return array
-
-
-def on_host(array, dtype) -> np.ndarray:
-    host = np.empty(array.shape, dtype)
-    array.download(host)
-    return host
-
-
-class Batch:
-    """Rows of a batch with their parameters and histories, sampled on the GPU; outputs poisoned beforehand."""
-
-    def __init__(self, gpu, logits, params, histories=None, num_prompt_tokens=None, sampler=None, padded=()):
-        num_rows, vocab_size = logits.shape
-        self.logits, self.params = logits, params
-        self.histories = histories or [np.zeros(0, np.int32)] * num_rows
-        self.num_prompt_tokens = num_prompt_tokens or [len(history) for history in self.histories]
-        sampler = sampler or GpuSampler(gpu, num_rows + 1, vocab_size, num_rows, MAX_TOKENS)
-        # Logit row s belongs to row num_rows - s: the two must not be taken for each other.
-        rows = num_rows - np.arange(num_rows, dtype=np.int32)
-        tokens = np.full((num_rows + 1, MAX_TOKENS + 1), UNTOUCHED, np.int32)
-        for s in range(num_rows):
-            sampler.set_row(int(rows[s]), params[s], self.num_prompt_tokens[s])
-            tokens[rows[s], : len(self.histories[s])] = self.histories[s]
-        num_tokens = np.array([len(history) for history in self.histories], np.int32)
-        self.is_padded = np.isin(np.arange(num_rows), padded)
-        gpu_logits, gpu_tokens = on_gpu(gpu, logits), on_gpu(gpu, tokens)
-        outputs = {
-            "sampled": on_gpu(gpu, np.full(num_rows, UNTOUCHED, np.int32)),
-            "logprobs": on_gpu(gpu, np.full(num_rows, UNTOUCHED, np.float32)),
-            "ranks": on_gpu(gpu, np.full(num_rows, UNTOUCHED, np.int32)),
-            "top_ids": on_gpu(gpu, np.full((num_rows, MAX_TOP), UNTOUCHED, np.int32)),
-            "top_logprobs": on_gpu(gpu, np.full((num_rows, MAX_TOP), UNTOUCHED, np.float32)),
-        }
-        sampler.sample(
-            gpu_logits,
-            on_gpu(gpu, np.where(self.is_padded, -1, rows).astype(np.int32)),
-            on_gpu(gpu, num_tokens),
-            gpu_tokens,
-            **outputs,
-        )
-        for name, array in outputs.items():
-            setattr(self, name, on_host(array, np.float32 if "logprobs" in name else np.int32))
-        expected_tokens = tokens.copy()
-        for s in np.flatnonzero(~self.is_padded):
-            expected_tokens[rows[s], num_tokens[s]] = self.sampled[s]
-        np.testing.assert_array_equal(on_host(gpu_tokens, np.int32), expected_tokens)
-        np.testing.assert_array_equal(on_host(gpu_logits, np.float32), logits, "raw logits put back")
-
-    def on_cpu(self, s: int):
-        return sample_token(self.logits[s].copy(), self.params[s], self.histories[s], self.num_prompt_tokens[s])
-
-    def assert_equals_cpu(self) -> int:
-        """Every row's token, but where the CPU's fp32 sums decide; returns how many rows that were."""
-        num_decided = 0
-        for s in range(len(self.params)):
-            if self.is_padded[s]:
-                assert self.sampled[s] == UNTOUCHED and self.ranks[s] == UNTOUCHED
-                continue
-            want = self.on_cpu(s)
-            if self.sampled[s] != want.token:
-                self.assert_decided_by_rounding(s, want.token)
-                num_decided += 1
-            else:
-                self.assert_logprobs_equal(s, want)
-        return num_decided
-
-    def assert_decided_by_rounding(self, s: int, wanted: int) -> None:
-        """The draw lies within rounding of a border between tokens, as the CPU's own distribution has it."""
-        pairs = sampling_distribution(
-            self.logits[s].copy(), self.params[s], self.histories[s], self.num_prompt_tokens[s]
-        )
-        text = f"row {s}: got {self.sampled[s]}, wanted {wanted}"
-        assert pairs and self.params[s].temperature >= 1e-5, text
-        seed = self.params[s].seed
-        words = philox4x32_10([len(self.histories[s]), 0, 0, 0], [seed & 0xFFFFFFFF, seed >> 32])
-        u = ((words[0] >> 5) * 2**26 + (words[1] >> 6)) / 2**53
-        ids = np.array([token for token, _ in pairs])
-        cumulative = np.concatenate([[0], np.cumsum([probability for _, probability in pairs])])
-        at = np.searchsorted(ids, self.sampled[s])
-        # A token more or less at the top_p cut moves every border by at most the lightest token's probability.
-        slack = 2e-6 + (min(p for _, p in pairs) if self.params[s].top_p < 1 else 0)
-        low, high = cumulative[min(at, len(ids) - 1)], cumulative[min(at + 1, len(ids))]
-        assert low - slack <= u <= high + slack, text
-
-    def assert_logprobs_equal(self, s: int, want) -> None:
-        if self.params[s].num_logprobs < 0 or want.token < 0:
-            assert self.logprobs[s] == UNTOUCHED and self.ranks[s] == UNTOUCHED
-            assert (self.top_ids[s] == UNTOUCHED).all() and (self.top_logprobs[s] == UNTOUCHED).all()
-            return
-        np.testing.assert_allclose(self.logprobs[s], want.logprob, rtol=2e-6, atol=2e-6)
-        assert self.ranks[s] == want.rank
-        count = len(want.top)
-        assert self.top_ids[s, :count].tolist() == [token for token, _ in want.top]
-        np.testing.assert_allclose(self.top_logprobs[s, :count], [p for _, p in want.top], rtol=2e-6, atol=2e-6)
-        assert (self.top_ids[s, count:] == UNTOUCHED).all() and (self.top_logprobs[s, count:] == UNTOUCHED).all()
-
-
-def peaked(rng, vocab_size):
-    """Like a language model's: a few likely tokens, a long tail."""
-    return rng.standard_normal(vocab_size) * 2.5 + 8 * (rng.random(vocab_size) < 20 / vocab_size)
-
-
-SHAPES = {
-    "peaked": peaked,
-    "flat": lambda rng, v: rng.standard_normal(v),
-    "nearly uniform": lambda rng, v: rng.standard_normal(v) * 1e-3,
-    "few values": lambda rng, v: rng.integers(-3, 4, v),
-    "all equal": lambda rng, v: np.full(v, -1.5),
-    "half masked": lambda rng, v: np.where(np.arange(v) % 2, rng.standard_normal(v), -np.inf),
-    "one outlier": lambda rng, v: np.where(np.arange(v) == v // 2, 1e30, rng.standard_normal(v)),
-}
-
-
-def random_params(rng, vocab_size) -> SamplingParams:
-    return make_params(
-        temperature=float(rng.choice([0.0, 0.3, 0.8, 1.0, 1.7])),
-        top_k=int(rng.choice([0, 0, 0, 1, 2, 40, 300, vocab_size // 2, vocab_size, vocab_size + 5])),
-        top_p=float(rng.choice([1.0, 1.0, 0.999, 0.95, 0.5, 1e-6])),
-        min_p=float(rng.choice([0.0, 0.0, 0.05, 1.0])),
-        seed=int(rng.integers(0, 2**63)),
-        num_logprobs=min(int(rng.choice([-1, -1, 0, 1, 5, 20])), vocab_size),
-    )
-
-
-def random_logits(rng, num_rows, vocab_size):
-    return np.stack([SHAPES[rng.choice(list(SHAPES))](rng, vocab_size) for _ in range(num_rows)]).astype(np.float32)
 
 
 class TestEqualsCpu:
@@ -379,77 +242,12 @@ class TestAdjustments:
             assert Batch(gpu, logits, params, histories, sampler=sampler).assert_equals_cpu() <= 1
 
 
-class TestLogprobs:
-    def test_all_of_a_row_with_masked_logits(self, gpu):
-        logits = np.array([[0, -np.inf, 1, -np.inf]], np.float32)
-        batch = Batch(gpu, logits, [make_params(temperature=0, num_logprobs=4)])
-        assert batch.top_ids[0, :4].tolist() == [2, 0, 1, 3]
-        assert batch.top_logprobs[0, 2] == -np.inf
-        assert batch.assert_equals_cpu() == 0
-
-    def test_are_of_the_raw_logits(self, gpu, rng):
-        logits = (rng.standard_normal((3, 4300)) * 4).astype(np.float32)
-        params = [
-            make_params(seed=s, num_logprobs=MAX_TOP, logit_bias=[(7, 30.0)], repetition_penalty=1.4) for s in range(3)
-        ]
-        batch = Batch(gpu, logits, params, [np.array([7, 8], np.int32)] * 3)
-        assert batch.assert_equals_cpu() == 0
-        exact = logits.astype(np.float64)
-        exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
-        np.testing.assert_allclose(batch.logprobs, exact[range(3), batch.sampled], rtol=2e-6, atol=2e-6)
-
-
 class TestPaddedRows:
     def test_are_left_alone(self, gpu, rng):
         logits = random_logits(rng, 7, 999)
         logits[3] = np.nan
         params = [random_params(rng, 999) for _ in range(7)]
         assert Batch(gpu, logits, params, padded=(0, 3, 6)).assert_equals_cpu() <= 1
-
-
-class TestScore:
-    @pytest.mark.parametrize("vocab_size", [1, 997, 4099, 20000])
-    def test_equals_the_log_softmax(self, gpu, rng, vocab_size):
-        num_rows, max_tokens = 6, 11
-        logits = (rng.standard_normal((num_rows, vocab_size)) * 4).astype(np.float32)
-        tokens = rng.integers(0, vocab_size, (num_rows, max_tokens)).astype(np.int32)
-        tokens[2, 4] = vocab_size
-        num_tokens = np.array([0, 3, 4, 10, 11, 5], np.int32)  # row 4: past the end of the row
-        rows = np.array([5, 0, 2, 3, 1, -1], np.int32)
-        scores = on_gpu(gpu, np.full(num_rows, UNTOUCHED, np.float32))
-        logits[3, rng.integers(0, vocab_size)] = np.nan if vocab_size > 1 else 0
-        score_gpu(on_gpu(gpu, logits), on_gpu(gpu, rows), on_gpu(gpu, num_tokens), on_gpu(gpu, tokens), scores)
-        got = on_host(scores, np.float32)
-        exact = logits.astype(np.float64)
-        exact -= exact.max(axis=1, keepdims=True)
-        exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
-        for s in (0, 1):
-            assert abs(got[s] - exact[s, tokens[rows[s], num_tokens[s]]]) < 4e-6 * max(1, abs(got[s]))
-        assert np.isnan(got[2]) and np.isnan(got[4])
-        assert np.isnan(got[3]) or vocab_size == 1
-        assert got[5] == UNTOUCHED
-
-    def test_extreme_logits(self, gpu):
-        logits = np.full((3, 300), -np.inf, np.float32)
-        logits[0, 5] = -3e38
-        logits[1] = np.linspace(-1e4, 1e4, 300)
-        logits[2] = 80
-        tokens = np.array([[5], [299], [0]], np.int32)
-        scores = on_gpu(gpu, np.zeros(3, np.float32))
-        zero = np.zeros(3, np.int32)
-        rows = np.arange(3, dtype=np.int32)
-        score_gpu(on_gpu(gpu, logits), on_gpu(gpu, rows), on_gpu(gpu, zero), on_gpu(gpu, tokens), scores)
-        np.testing.assert_allclose(on_host(scores, np.float32), [0, 0, -np.log(300)], rtol=1e-6)
-
-
-@pytest.mark.parametrize("vocab_size", [1, 997, 2048, 5000])
-def test_soft_cap(gpu, rng, vocab_size):
-    logits = (rng.standard_normal((3, vocab_size)) * 40).astype(np.float32)
-    array = on_gpu(gpu, logits)
-    soft_cap_gpu(array, 30.0)
-    np.testing.assert_allclose(
-        on_host(array, np.float32), 30 * np.tanh(logits.astype(np.float64) / 30), rtol=1e-6, atol=1e-6
-    )
 
 
 class TestBadInput:
@@ -508,61 +306,3 @@ class TestBadInput:
             sampler.sample(np.zeros((1, 100), np.float32), *arrays()[1:])
         with pytest.raises(ValueError, match="soft_cap"):
             soft_cap_gpu(arrays()[0], 0.0)
-
-
-class TestBarriers:
-    """A test of the tests: without any one of its barriers, what the host execution sees of sampling is wrong."""
-
-    @staticmethod
-    def run(gpu):
-        vocab_size, rng = 4500, np.random.default_rng(5)
-        fields = [
-            {},
-            {"top_k": 50, "num_logprobs": 5},
-            {"top_k": 4000},
-            {"temperature": 0.0, "num_logprobs": 20},
-            {"top_k": 1500, "top_p": 0.8, "min_p": 0.001},
-            {"top_p": 0.9, "repetition_penalty": 1.3, "logit_bias": [(t, 1.0) for t in range(70)]},
-            {"top_p": 0.95, "num_logprobs": 0, "min_tokens": 99, "stop_token_ids": list(range(40))},
-        ]
-        logits = np.stack([rng.standard_normal(vocab_size) * (1 + s % 2) for s in range(len(fields))])
-        logits[3] = np.round(logits[3])
-        logits = logits.astype(np.float32)
-        histories = [rng.integers(0, vocab_size, 60).astype(np.int32) for _ in fields]
-        params = [make_params(seed=s, **each) for s, each in enumerate(fields)]
-        batch = Batch(gpu, logits, params, histories, [30] * len(fields))
-        scores = on_gpu(gpu, np.zeros(len(fields), np.float32))
-        rows = np.arange(len(fields), dtype=np.int32)
-        tokens = on_gpu(gpu, np.stack(histories))
-        score_gpu(on_gpu(gpu, logits), on_gpu(gpu, rows), on_gpu(gpu, rows), tokens, scores)
-        outputs = [batch.sampled, batch.logprobs, batch.ranks, batch.top_ids, batch.top_logprobs]
-        return [output.tobytes() for output in [*outputs, on_host(scores, np.float32)]]
-
-    def is_noticed(self, gpu, site, want) -> bool:
-        for seed in range(3):
-            _native.simt_set_seed(seed)
-            _native.simt_set_disabled_site(site)
-            try:
-                if self.run(gpu) != want:
-                    return True
-            except (RuntimeError, AssertionError):
-                return True
-            finally:
-                _native.simt_set_disabled_site("")
-                _native.simt_set_seed(0)
-        return False
-
-    def test_a_missing_one_is_noticed(self, gpu):
-        if gpu.world != "simt":
-            pytest.skip("only the host execution can leave a barrier out")
-        _native.simt_take_visited_sites()
-        want = self.run(gpu)
-        sites = [site for site in _native.simt_take_visited_sites() if "sampling/cuda" in site]
-        assert len(sites) >= 15
-        unnoticed = [site for site in sites if not self.is_noticed(gpu, site, want)]
-        # Blocks run one after another here, and races are looked for in shared memory alone.
-        sources = Path(__file__).parents[2] / "csrc"
-        for site in unnoticed:
-            path, line = site.rsplit(":", 1)
-            source = sources / "sampling" / "cuda" / Path(path).name
-            assert "orders global memory only" in source.read_text().splitlines()[int(line) - 1], site

@@ -31,6 +31,10 @@ def test_json_says_what_the_machine_has(capsys):
     assert report["cpu"]["active_isa"] == _native.active_cpu_isa()
     assert report["cpu"]["usable_cores"] == _native.usable_cores()
     assert report["cpu"]["flags"] == _native.cpu_flags()
+    cores = _native.usable_core_ids()
+    assert len(report["cpu"]["partitions"]) == min(len(cores) - 1, 7)
+    for cut in report["cpu"]["partitions"]:
+        assert cut["prefill"] + cut["decode"] == cores and cut["prefill"] and cut["decode"]
     assert report["cuda"] == _native.cuda_status()
     assert report["memory"]["total_bytes"] >= report["memory"]["available_bytes"] > 0
     assert report["peaks"]["num_threads"] == _native.usable_cores()
@@ -76,6 +80,7 @@ def test_the_report_fits_a_terminal_and_names_what_matters(capsys):
     assert _native.active_cpu_isa() in out
     assert f"{_native.usable_cores()} usable" in out
     assert "tokens/s" in out
+    assert ("50:50" if _native.usable_cores() % 2 == 0 else "--lanes") in out
     assert all(": chosen" not in text for text in out.split("Matmul kernels")[0].splitlines())
 
 
@@ -105,6 +110,7 @@ def test_a_cpu_below_the_best_level_is_told_what_it_lacks():
     class Older:
         detected_cpu_isa = active_cpu_isa = staticmethod(lambda: "avx2")
         usable_cores = staticmethod(lambda: 1)
+        usable_core_ids = staticmethod(lambda: [0])
 
         @staticmethod
         def cpu_flags():
@@ -115,6 +121,7 @@ def test_a_cpu_below_the_best_level_is_told_what_it_lacks():
     cpu = doctor.describe_cpu(Older)
     assert cpu["why"] == "avx512 needs avx512vnni, avx512bf16"
     assert any("has not" in text for text in doctor.render_cpu(cpu))
+    assert "one core cannot be cut" in " ".join(doctor.render_cpu(cpu))
 
 
 def test_a_gpu_is_shown():

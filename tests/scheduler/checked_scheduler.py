@@ -83,14 +83,14 @@ class CheckedScheduler:
     def busy_lanes(self) -> list[int]:
         return [lane for lane, plans in enumerate(self.lanes) if plans]
 
-    def run_until_idle(self, max_steps: int = 10_000) -> None:
+    def run_until_idle(self, stop_at: float | None = None, max_steps: int = 10_000) -> None:
         for _ in range(max_steps):
             busy = self.busy_lanes()
             if not busy:
                 assert self.scheduler.num_unfinished == 0, f"stuck with {self.scheduler.num_unfinished} requests"
                 assert not self.runner.frames, f"runs {list(self.runner.frames)} rest and nobody goes on with them"
                 return
-            self.land(self._rng.choice(busy))
+            self.land(self._rng.choice(busy), stop_at)
         raise AssertionError(f"not idle after {max_steps} steps")
 
     def send(self, event) -> list[LanePlan]:

@@ -53,6 +53,7 @@ def random_config(rng: random.Random, **overrides) -> SchedulerConfig:
         fields |= {"policy": rng.choice(["chosen-arrangement", "chosen-order"])}
     if rng.random() < 0.9:
         fields |= {"num_nodes": len(NODES), "layer_starts": LAYER_STARTS, "max_resting_runs": rng.randint(1, 3)}
+    fields["rungs"] = rng.choice([(), (0.5,), (0.25, 0.5, 0.75)])
     return SchedulerConfig(**{**fields, **overrides})
 
 
@@ -71,8 +72,8 @@ def random_request(rng: random.Random, request_id: str, stems: list[list[int]], 
     )
 
 
-def walk(seed: int, num_events: int = 150, **overrides) -> CheckedScheduler:
-    """Runs to the end and checks every answer; returns what is left for a test to look at."""
+def walk(seed: int, num_events: int = 150, stop_at: float | None = None, **overrides) -> CheckedScheduler:
+    """Runs to the end and checks every answer; returns what is left for a test to look at. stop_at: as in land()."""
     rng = random.Random(seed)
     config = random_config(rng, **overrides)
     checked = CheckedScheduler(config, Scheduler(config, tiny_cost_model() if rng.random() < 0.9 else None), seed)
@@ -92,8 +93,9 @@ def walk(seed: int, num_events: int = 150, **overrides) -> CheckedScheduler:
             checked.scheduler.reset_prefix_cache()
             checked.check()
         elif busy:
-            checked.land(rng.choice(busy), error="the device fell over" if rng.random() < failure_rate else None)
-    checked.run_until_idle()
+            error = "the device fell over" if rng.random() < failure_rate else None
+            checked.land(rng.choice(busy), stop_at, error)
+    checked.run_until_idle(stop_at)
     checked.check_answers()
     stats = checked.scheduler.stats()
     assert checked.scheduler.is_idle

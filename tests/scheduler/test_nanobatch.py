@@ -16,7 +16,8 @@ from scheduler.model_spec import ModelSpec
 from scheduler.nanobatch import NanoPlan, cut_chunks, split_requests
 from scheduler.nanobatch_check import check_nano_plan
 from scheduler.nanobatch_cost import nano_makespan_s
-from scheduler.nanobatch_planner import NanoPlanner, class_lanes, equal_counts, fit_counts, kind_of
+from scheduler.nanobatch_kinds import fit_counts, kind_of
+from scheduler.nanobatch_planner import NanoPlanner, class_lanes, equal_counts
 from scheduler.nanobatch_tables import NanoCosts, TypicalStep
 from scheduler.step import LanePlan, ScheduledRequest
 from scheduler.step_shape import shape_of

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.nanobatch_orders import RULES, best_order, list_order, lock_step
-from scheduler.nanobatch_search import cuts, finish, makespan_s, search
+from scheduler.nanobatch_search import cuts, makespan_s, search
 from scheduler.nanobatch_tables import MeasuredTable
-from scheduler.nanobatch_timeline import Contention, NanoWork, Operator, ranges_makespan_s, ranges_of
+from scheduler.nanobatch_timeline import Contention, NanoWork, Operator, finish, ranges_makespan_s, ranges_of
 
 # NanoFlow's pairs for GEMM and GEMV, from the reference (systems.md 2.3): share -> part of the solo speed.
 ACHIEVED = {

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from scheduler import Request, RequestStatus, SchedulerConfig
 from scheduler.composer import Composer
+from scheduler.lane_planner import LanePlanner
 from scheduler.prefill_run import RunTable
 from scheduler.prefix_cache import PrefixCache
 from scheduler.request_pages import RequestPages
@@ -21,9 +22,11 @@ from tests.scheduler.fake_runner import STOP_TOKEN_ID, VOCAB_SIZE
 from tests.scheduler.random_walk import LAYER_STARTS, NODES, TPOT_TARGETS_S, tiny_cost_model, walk
 
 POLICIES = ("default", "prefill-first", "fastgen")
+SYSTEMS = ("layered", "flowprefill", "two-lanes", "semi-pd", "nexus", "arbitrate")
 # Lanes without roles are (policy, number of lanes, "", ""); roles (policy, 1, lanes, prefill).
 WAYS = (
     *((policy, num_lanes, "", "") for policy in POLICIES for num_lanes in (1, 2)),
+    *((policy, 1, "", "") for policy in SYSTEMS),
     *(("default", 1, lanes, prefill) for lanes in ("off", "50:50", "100:100") for prefill in ("layer", "operator")),
     *(("chosen-arrangement", 1, "", ""), ("chosen-order", 1, "", "")) * 6,
 )
@@ -154,15 +157,25 @@ TestSchedulerMachine.settings = settings(
 )
 
 
-@pytest.mark.parametrize("policy", POLICIES[1:])
+@pytest.mark.parametrize("policy", POLICIES[1:] + SYSTEMS)
 def test_random_lives_under_every_policy(policy):
-    lives = [walk(seed, policy=policy) for seed in range(40)]
+    lives = [walk(seed, policy=policy) for seed in range(25)]
     assert sum(life.scheduler.stats().num_preemptions for life in lives) > 10
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_lives_end_with_the_right_answers_and_all_pages_back(seed):
     walk(seed)
+
+
+RESTLESS = {
+    "policy": "chosen-order", "max_resting_runs": 3, "max_num_seqs": 5, "num_pages": 40, "kv_group_windows": (0,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_pauses_that_come_before_anything_was_done_keep_nobody_from_ending(seed):
+    walk(seed, stop_at=0.0, **RESTLESS)
 
 
 def test_the_random_lives_meet_what_they_are_meant_to_meet():
@@ -247,6 +260,16 @@ def _end_forgetting_copies(self, run):
     run.copy_sources = []
 
 
+def _pause_for_who_cannot_begin(self):
+    arrangement = self.arrangement
+    self.arrangement = replace(arrangement, granularity="operator")
+    try:
+        return run_to_pause(self)
+    finally:
+        self.arrangement = arrangement
+
+
+run_to_pause = LanePlanner.run_to_pause
 publish, make_room, pending_prefills = RequestPages.publish, Composer._make_room, Composer._pending_prefills
 land_part, drop, end_run = RunLives.land_part, RunLives.drop, RunLives._end
 
@@ -283,6 +306,7 @@ ABLATIONS = {
     ),
     "a part begins where its run rests": mock.patch.object(RunLives, "land_part", _land_as_ended),
     "what a dropped run computed is forgotten": mock.patch.object(RunLives, "drop", _drop_as_computed),
+    "a run stops only for who can begin": mock.patch.object(LanePlanner, "run_to_pause", _pause_for_who_cannot_begin),
     "a dropped run's copies are not trusted": mock.patch.object(RunLives, "_end", _end_forgetting_copies),
 }
 
@@ -300,6 +324,9 @@ def test_the_checks_fail_when_a_mechanism_is_switched_off(mechanism):
             "max_num_batched_tokens": 64, "max_num_seqs": 5, "enable_prefix_caching": True, "max_prefill_chunk": 0,
             "watermark": 0.0,
         }  # fmt: skip
+
+    if mechanism == "a run stops only for who can begin":
+        overrides = {"stop_at": 0.0, **RESTLESS}
 
     def live():
         for seed in range(200):

@@ -215,4 +215,17 @@ class _EngineGauges:
             metric = counter(f"partita:{name}", text, labels=names)
             metric.add_metric(self.values, goodput.get(key, 0))
             yield metric
+        names_and_texts = (
+            ("num_pauses", "prefill_pauses", "Prefills that stopped between two operators for one that ranks before."),
+            ("num_moves", "border_moves", "Changes of the shares of the chip that prefill and decode have."),
+        )
+        for key, name, text in names_and_texts:
+            metric = counter(f"partita:{name}", text, labels=names)
+            metric.add_metric(self.values, stats.get(key, 0))
+            yield metric
+        text = "Boundaries at which the controller decided on this arrangement of the chip."
+        metric = counter("partita:arrangements", text, labels=(*names, "arrangement"))
+        for arrangement, count in (stats.get("arrangements") or {}).items():
+            metric.add_metric((*self.values, arrangement), count)
+        yield metric
         yield family(counter, "engine_steps", "Steps executed.", stats.get("steps", 0))

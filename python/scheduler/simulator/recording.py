@@ -47,12 +47,13 @@ class RecordedRun:
     # (calls of the scheduler before it, arguments) of CostModel.observe, and of Scheduler.hear_step with the plan's id
     observations: tuple[tuple[int, tuple], ...] = ()
     steps_heard: tuple[tuple[int, int, float], ...] = ()
+    spec: ModelSpec | None = None
 
     def replay(self, cost_model: CostModel | None = None) -> SimulationResult:
         """cost_model: as the recorded scheduler's was at the start; it learns again what that one learned. Raises KeyError
         where the simulated scheduler makes a plan that the recorded one did not."""
         costs = RecordedCosts(self.durations_ns, self.delays_ns, self.ranks, self.cursors)
-        simulation = Simulation(self.config, costs, cost_model=cost_model, keep_plans=True)
+        simulation = Simulation(self.config, costs, cost_model=cost_model, keep_plans=True, spec=self.spec)
         for arrival_ns, request in self.arrivals:
             simulation.add(arrival_ns, copy_of(request))
         simulation.sample_with(lambda plan: self.sampled[plan.plan_id])
@@ -76,6 +77,7 @@ class RecordingScheduler(Scheduler):
         self, config: SchedulerConfig, cost_model: CostModel | None = None, spec: ModelSpec | None = None
     ) -> None:
         super().__init__(config, cost_model, spec)
+        self._spec = spec
         self.plans: list[LanePlan] = []
         self._launched_ns: dict[int, int] = {}
         self._heard_ns: dict[int, int] = {}  # in the order in which results came
@@ -139,5 +141,5 @@ class RecordingScheduler(Scheduler):
         ranks = {plan_id: rank for rank, plan_id in enumerate(self._heard_ns)}
         return RecordedRun(
             self.config, tuple(self._arrivals), durations_ns, delays_ns, ranks, self._cursors, self._sampled,
-            tuple(self._observations), tuple(self._steps_heard),
+            tuple(self._observations), tuple(self._steps_heard), self._spec,
         )  # fmt: skip

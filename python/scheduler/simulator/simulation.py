@@ -20,6 +20,7 @@ from heapq import heappop, heappush
 
 from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel
+from scheduler.model_spec import ModelSpec
 from scheduler.request import Request
 from scheduler.scheduler import Scheduler, SchedulerStats
 from scheduler.simulator.costs import NANOSECONDS, Costs
@@ -85,13 +86,13 @@ class Simulation:
         self, config: SchedulerConfig, costs: Costs, requests: Sequence[TraceRequest] | None = None, *,
         targets: ServiceTargets | None = None, ends_by_stop: bool = False,
         cost_model: CostModel | None = None, observe: Callable[[FinishedStep], None] | None = None,
-        keep_plans: bool = False, max_steps: int | None = None,
+        keep_plans: bool = False, max_steps: int | None = None, spec: ModelSpec | None = None,
     ) -> None:  # fmt: skip
         """cost_model: what the scheduler's policies predict with; costs may know better. ends_by_stop: an answer ends by a
         stop token that the scheduler does not foresee, as a chat's does; else by its length. max_steps: give up after so
-        many, with RuntimeError."""
+        many, with RuntimeError. spec: of the model, for nano-batches without a cost model."""
         self.config = config
-        self.scheduler = Scheduler(config, cost_model)
+        self.scheduler = Scheduler(config, cost_model, spec)
         self._costs = costs
         self._lanes = VirtualLanes(self.scheduler.config.num_lanes, costs, config.num_nodes)
         self._targets = targets or ServiceTargets()
