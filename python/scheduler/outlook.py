@@ -6,7 +6,7 @@ Policies stay functions of this and of a request; they never touch the scheduler
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel
@@ -15,6 +15,9 @@ from scheduler.queues import RunningList, WaitingQueue
 from scheduler.request import Request
 from scheduler.request_pages import RequestPages
 from scheduler.step_shape import StepShape
+
+if TYPE_CHECKING:
+    from scheduler.nanobatch_planner import NanoPlanner
 
 
 class Decodes(NamedTuple):
@@ -32,6 +35,7 @@ class Outlook:
         self.config = config
         self.cost_model = cost_model  # None: this machine was never calibrated
         self.runs = runs  # prefills that have begun in parts: resting or with a part in flight
+        self.nano: NanoPlanner | None = None  # None: nano-batches are off
         self.now = 0.0  # the driver's clock at this round of planning, seconds
         self._running = running
         self._waiting = waiting

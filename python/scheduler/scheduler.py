@@ -111,6 +111,7 @@ class Scheduler:
             config.num_nodes, self._runs, self._pages, self._order, preempt=self._preempt, drained=self._drained
         )
         self.nano = NanoPlanner(config, cost_model, spec) if config.nano_batches != "off" else None
+        self._outlook.nano = self.nano
         self._commits = PlanCommits(
             config, self._pages, self._running, self._run_lives, cost_model.window if cost_model is not None else 0
         )

@@ -3,6 +3,7 @@
 Candidates, each with the prompt tokens per second that it sustains while decodes keep their TPOT:
 
     mix       one lane, prompts cut by tokens: a step of decodes and the largest chunk that the target leaves room for
+    nano      the mixed step cut into nano-batches, where --nano-batches is auto and the search or the trial speaks for it
     turns     one lane, prompts cut by operators: a step of decodes, then a part of a run as long as the rest of the target
     P:D       two lanes, decodes on D of the chip beside runs on P, contention for memory included, at every rung of the chip
     100:100   two lanes without a border
@@ -22,8 +23,9 @@ from typing import NamedTuple
 
 from scheduler.arrangement import DECODE_LANE, Arrangement
 from scheduler.config import SchedulerConfig
-from scheduler.controllers.tpot_slack import LeastTokens, allowed_step_s
+from scheduler.controllers.tpot_slack import AnswerLengths, allowed_step_s
 from scheduler.cost_model import CostModel
+from scheduler.nanobatch_planner import NanoPlanner
 from scheduler.outlook import Decodes, Outlook
 from scheduler.request import Request
 from scheduler.splitfuse import TILE_TOKENS, most_tiles
@@ -33,7 +35,7 @@ HYSTERESIS = 0.05
 # Of a target that plans are made for: predictions err, and a mean that is planned to be just kept is missed half of the
 # time.
 MARGIN = 0.95
-KINDS = ("mix", "turns", "split", "overlap")
+KINDS = ("mix", "nano", "turns", "split", "overlap")
 _STEPS_PER_OCTAVE = 4  # of the sizes for which candidates are predicted: neighbours differ by less than a fifth
 _MOST_KNOWN = 4096
 _REFRESH_EVERY = 2048  # decisions after which predictions are made anew: the cost model learns
@@ -41,7 +43,7 @@ _LOOK_AHEAD = 8  # prompts that stand for those to come
 
 
 class Candidate(NamedTuple):
-    kind: str
+    kind: str  # one of KINDS
     prefill_share: float  # 0: one lane
     decode_share: float
     prompt_tokens_per_s: float  # sustained, while the decodes keep their target
@@ -76,7 +78,10 @@ class Arbitration:
         self._kinds = kinds
         self._hysteresis = hysteresis
         self._uses_slack = uses_slack
-        self._least = LeastTokens()
+        self._nano: NanoPlanner | None = None
+        self._lengths = AnswerLengths()
+        self._busy_until_s = 0.0  # when the last step that was decided on ends, as predicted
+        self._latest_step_s = 0.0  # what it takes
         self._present: Candidate | None = None
         self._known: dict[_Sizes, tuple[Candidate, ...]] = {}
         self._num_decisions = 0
@@ -95,7 +100,7 @@ class Arbitration:
 
     def hear_finished(self, request: Request, now: float) -> None:
         if request.finish_reason in ("stop", "length"):
-            self._least.add(request.num_output_tokens)
+            self._lengths.add(request.num_output_tokens)
 
     # What it decides
 
@@ -110,6 +115,7 @@ class Arbitration:
             # Whole runs, which an arrival that ranks before them can pause.
             return Arrangement(granularity="operator", token_budget=self._config.max_num_batched_tokens,
                                reason="no decode: the whole chip takes prompts")  # fmt: skip
+        self._nano = outlook.nano
         candidate = self._choose(outlook, decodes)
         rate, num = candidate.prompt_tokens_per_s, decodes.shape.num_tokens
         text = f"{_name(candidate)}: {rate:.0f} prompt tokens/s beside {num} decodes"
@@ -120,8 +126,9 @@ class Arbitration:
         if candidate.kind == "turns":
             room_s = 1e9 if allowed_s is None else max(allowed_s - decode_s, 0.0)
             return Arrangement(granularity="operator", segment_s=max(room_s, 1e-6), reason=text)
-        budget, num_nano = self._budget(outlook, decodes, allowed_s), 0 if self._config.nano_batches == "auto" else 1
-        return Arrangement(token_budget=budget, num_nano_batches=num_nano, reason=text)
+        num_nano_batches = 0 if candidate.kind == "nano" else 1
+        budget = self._budget(outlook, decodes, allowed_s)
+        return Arrangement(token_budget=budget, num_nano_batches=num_nano_batches, reason=text)
 
     def _choose(self, outlook: Outlook, decodes: Decodes) -> Candidate:
         candidates = self._predict(self._sizes(outlook, decodes))
@@ -148,7 +155,7 @@ class Arbitration:
         return _Sizes(
             _rounded(shape.num_tokens), _rounded(shape.decode_kv_tokens / shape.num_tokens), num_prompts,
             _rounded(max(min(num_tokens, most) / num_prompts, 1)), _rounded(starts / num_prompts),
-            round(tpot_s * 1e6) if tpot_s else 0, _rounded(self._least.bound),
+            round(tpot_s * 1e6) if tpot_s else 0, _rounded(self._lengths.least),
         )  # fmt: skip
 
     def _predict(self, sizes: _Sizes) -> tuple[Candidate, ...]:
@@ -204,8 +211,8 @@ class Arbitration:
 
         if target_s is None:
             whole = min(most, sizes.run_tokens)
-            return Candidate("mix", 0.0, 1.0, whole / step_s(whole), step_s(whole))
-        burst_rate = 0.0
+            return self._cut(Candidate("mix", 0.0, 1.0, whole / step_s(whole), step_s(whole)), decode, first, whole)
+        burst_rate = burst_tokens = 0.0
         if self._uses_slack:
             # Bursts: a large chunk now and then, as large as the credit that the shortest answers gather pays for, and
             # decodes alone between them.
@@ -216,10 +223,21 @@ class Arbitration:
                 burst_s = step_s(num_tokens)
                 bursts = min(1.0, max(0.0, target_s - decode_s) / max(burst_s - decode_s, 1e-9))  # a token
                 burst_rate = bursts * num_tokens / (bursts * burst_s + (1.0 - bursts) * decode_s)
+                burst_tokens = num_tokens
         num_tiles = most_tiles(lambda tiles: step_s(tiles * TILE_TOKENS), most // TILE_TOKENS, target_s)
         num_tokens = num_tiles * TILE_TOKENS
         steady_rate = num_tokens / step_s(num_tokens) if num_tokens else 0.0
-        return Candidate("mix", 0.0, 1.0, max(steady_rate, burst_rate), decode_s)
+        mixed = Candidate("mix", 0.0, 1.0, max(steady_rate, burst_rate), decode_s)
+        return self._cut(mixed, decode, first, num_tokens if steady_rate >= burst_rate else burst_tokens)
+
+    def _cut(self, mixed: Candidate, decode: StepShape, start: int, num_tokens: int) -> Candidate:
+        """The mixed step in nano-batches, where the search found that they save time and no trial has said otherwise."""
+        if self._nano is None or "nano" not in self._kinds or not num_tokens:
+            return mixed
+        gain = self._nano.predicted_gain(decode.plus_chunk(start, num_tokens, self._model.window))
+        if gain <= 0.0:
+            return mixed
+        return mixed._replace(kind="nano", prompt_tokens_per_s=mixed.prompt_tokens_per_s / (1.0 - gain))
 
     def _split(
         self, sizes: _Sizes, decode: StepShape, run: StepShape, prefill_share: float, decode_share: float,
@@ -247,8 +265,10 @@ class Arbitration:
         if not self._uses_slack:
             return MARGIN * decodes.tightest_tpot_s
         who = (request for request in outlook.running if request.run is None)
-        allowed_s, _ = allowed_step_s(who, outlook.now, decode_s, self._least.bound, MARGIN)
-        return allowed_s
+        # A step that was planned ahead is still running: the next one begins behind it, but never more than one step.
+        self._busy_until_s = min(self._busy_until_s, outlook.now + self._latest_step_s)
+        begin_s = max(outlook.now, self._busy_until_s)
+        return allowed_step_s(who, begin_s, decode_s, self._lengths, MARGIN)
 
     def _budget(self, outlook: Outlook, decodes: Decodes, allowed_s: float | None) -> int:
         """Tokens of the next step: a chunk as large as the time allows, none where that is not worth a step."""
@@ -265,7 +285,12 @@ class Arbitration:
         pending = prefill.num_expected_tokens - prefill.next_start
         if num_tokens < min(self._least_tokens, pending) and self._uses_slack:
             num_tokens = 0  # credit grows until a chunk is worth it
-        return shape.num_tokens + num_tokens
+        if num_tokens:
+            shape = shape.plus_chunk(start, num_tokens, window)
+        begin_s = max(outlook.now, self._busy_until_s)
+        self._latest_step_s = model.step_s(shape)
+        self._busy_until_s = begin_s + self._latest_step_s
+        return shape.num_tokens
 
 
 def _rounded(value: float) -> int:

@@ -8,7 +8,11 @@ steps can pay. A request that has n tokens since its first and will have at leas
 From L on it may end at any token, so there are no debts any more: the step must leave it in time at its next token. Nobody
 knows L: it is what nine of ten of the requests that ended had at least. (With "at least h more from here", an end that moves
 on with every token, debts were made anew before they were paid: half of the short answers of a code trace missed their
-target.) A request that could not be in time even if every step to come were a decode step alone constrains nothing any more.
+target.) A request that could not be in time even if it became as long as half of those that ended, by steps of decodes
+alone, constrains nothing any more; one that could, but not with a prompt beside it, lets no prompt in.
+
+n counts tokens that plans in flight sample, and the step begins when those plans have ended: who has just got its first
+token, or is about to, has no credit yet.
 """
 
 from __future__ import annotations
@@ -20,17 +24,19 @@ from collections.abc import Iterable
 from scheduler.request import Request
 
 _NUM_LENGTHS = 256  # finished requests that are remembered
-_QUANTILE = 0.1
+_LEAST_QUANTILE = 0.1
+_FIRST_GUESS_TOKENS = 32
 _MOST_TOKENS = 64  # debts that take longer to pay are not made
 
 
-class LeastTokens:
-    """What nine of ten answers have at least, after their first token; 1 before anybody has ended."""
+class AnswerLengths:
+    """Tokens of answers after their first: what nine of ten have at least, and what half of them have."""
 
     def __init__(self) -> None:
         self._lengths: deque[int] = deque()
         self._sorted: list[int] = []
-        self.bound = 1
+        self.least = 1  # before anybody has ended
+        self.typical = _FIRST_GUESS_TOKENS
 
     def add(self, num_tokens: int) -> None:
         """A request has ended after so many, the first among them."""
@@ -39,27 +45,37 @@ class LeastTokens:
             del self._sorted[bisect_right(self._sorted, oldest) - 1]
         self._lengths.append(num_tokens)
         insort(self._sorted, num_tokens)
-        self.bound = min(max(self._sorted[int(_QUANTILE * len(self._sorted))] - 1, 1), _MOST_TOKENS)
+        self.least = min(max(self._sorted[int(_LEAST_QUANTILE * len(self._sorted))] - 1, 1), _MOST_TOKENS)
+        self.typical = max(self._sorted[len(self._sorted) // 2] - 1, 1)
 
 
 def allowed_step_s(
-    decodes: Iterable[Request], now: float, decode_step_s: float, least_tokens: int, margin: float = 1.0
-) -> tuple[float | None, int]:
-    """(the longest that the next step may take, requests that are too late). None: nobody who can be in time has a target.
+    decodes: Iterable[Request], begin_s: float, decode_step_s: float, lengths: AnswerLengths, margin: float = 1.0
+) -> float | None:
+    """The longest that the next step may take; None: nobody who can be in time has a target.
 
-    now: when the step begins. decode_step_s: of the same requests without a prompt beside them. margin: the part of a
+    begin_s: when the step begins. decode_step_s: of the same requests without a prompt beside them. margin: the part of a
     target that is planned for.
     """
-    allowed, num_late = None, 0
+    allowed = None
+    least, typical = lengths.least, lengths.typical
     for request in decodes:
         target = request.tpot_s
-        if target is None or request.first_token_s is None:
+        if target is None:
             continue
-        num_tokens = len(request.output_token_ids) - 1  # after the first
-        due = max(num_tokens + 1, min(least_tokens, request.max_tokens - 1))
-        most = margin * target * due - (now - request.first_token_s) - (due - num_tokens - 1) * decode_step_s
+        # After the first token; those in flight are there when the step begins.
+        num_tokens = request.num_expected_tokens - request.num_prompt_tokens - 1
+        if num_tokens < 0:
+            continue  # its prompt is not done
+        elapsed = begin_s - request.first_token_s if request.first_token_s is not None else 0.0
+        target *= margin
+        due = max(num_tokens + 1, min(least, request.max_tokens - 1))
+        most = target * due - elapsed - (due - num_tokens - 1) * decode_step_s
         if most < decode_step_s:
-            num_late += 1
-        elif allowed is None or most < allowed:
+            due = max(num_tokens + 1, min(typical, request.max_tokens - 1))
+            if target * due - elapsed - (due - num_tokens - 1) * decode_step_s < decode_step_s:
+                continue  # too late
+            most = decode_step_s
+        if allowed is None or most < allowed:
             allowed = most
-    return allowed, num_late
+    return allowed
