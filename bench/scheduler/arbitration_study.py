@@ -70,7 +70,7 @@ def chart(tables: Mapping[float, Mapping[str, Sequence[float]]], rates: Sequence
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "partita"  # the same numbers give the same file
+    matplotlib.rcParams.update({"svg.hashsalt": "partita", "svg.fonttype": "none"})  # equal numbers give equal files
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(tables), figsize=(4.2 * len(tables), 3.6), sharey=True, layout="constrained")

@@ -17,7 +17,7 @@ TARGETS = ServiceTargets(ttft_s=1.0, tpot_s=0.025)
 CORNERS = ("default", "fastgen", "layered", "flowprefill", "semi-pd", "nexus", "two-lanes", "nanoflow")
 
 
-def requests_at(rate: float, seconds: float = 25.0, seed: int = 2):
+def requests_at(rate: float, seconds: float = 15.0, seed: int = 2):
     """Prompts of mixed length, answers of a few hundred tokens: about what a chat service sees."""
 
     def lengths(rng):
@@ -39,7 +39,7 @@ def num_good(policy: str, rate: float, contention: float = 1.0) -> int:
 
 
 @pytest.mark.parametrize("contention", [0.75, 1.25])
-@pytest.mark.parametrize("rate", [6, 16, 24, 36])
+@pytest.mark.parametrize("rate", [6, 20, 36])
 def test_the_rule_is_within_five_percent_of_every_corner_with_a_wrong_model(rate, contention):
     rule = num_good("arbitrate", rate, contention)
     for corner in CORNERS:
@@ -81,28 +81,32 @@ def test_hysteresis_moves_the_border_less():
     assert calm.stats.num_moves < nervous.stats.num_moves
 
 
-def test_prompts_wait_while_decodes_have_no_credit(monkeypatch):
+def test_targets_are_planned_with_a_margin(monkeypatch):
     def tpot_kept() -> float:
-        goodput = run("arbitrate", requests_at(40), TARGETS).stats.goodput
+        goodput = run("arbitrate", requests_at(45, 25.0), TARGETS).stats.goodput
         return goodput.num_tpot_kept / goodput.num_tpot_targets
 
     kept = tpot_kept()
-    monkeypatch.setattr(Arbitration, "_is_due", lambda *_: True)
-    monkeypatch.setattr(arbitration, "TPOT_MARGIN", 1.0)
-    assert kept > 0.95 and tpot_kept() < kept - 0.03
+    monkeypatch.setattr(arbitration, "MARGIN", 1.0)
+    assert kept > 0.95 and tpot_kept() < kept - 0.1
 
 
-def test_in_overload_long_prompts_stand_back(monkeypatch):
+def test_when_prompts_are_too_many_long_ones_stand_back(monkeypatch):
+    def lengths(rng):
+        return min(int(rng.lognormvariate(6.6, 1.0)) + 10, 7000), 8
+
+    requests = arrivals(120, 12, lengths, seed=4)
+
     def good() -> int:
-        return run("arbitrate", requests_at(45), TARGETS).stats.goodput.num_good
+        return run("arbitrate", requests, ServiceTargets(ttft_s=1.0)).stats.goodput.num_good
 
     weighed = good()
     monkeypatch.setattr(goodput_order, "WORK_WEIGHT", 0.0)
-    assert weighed > 1.1 * good()
+    assert weighed > 1.2 * good()
 
 
 def test_nobody_to_share_with_means_the_whole_chip():
-    result, recorder = restricted(arbitration.KINDS, 0.2)
+    result, recorder = restricted(arbitration.KINDS, 1.0)
     reasons = {arrangement.reason for _, _, arrangement in recorder.decisions}
     assert any("no prompt" in reason for reason in reasons) and any("no decode" in reason for reason in reasons)
     assert all(not arrangement.is_spatial for _, _, arrangement in recorder.decisions if "no " in arrangement.reason)
