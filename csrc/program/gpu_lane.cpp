@@ -392,8 +392,9 @@ void GpuLane::finish(GpuLaneExecution& execution) {
     in_flight_.pop_front();
   }
   frame.num_ranges.fetch_sub(1);
-  execution.signal->end(completion.error.empty() && !completion.was_stopped);
+  const bool is_whole = completion.error.empty() && !completion.was_stopped;
   completions_->push(std::move(completion));
+  execution.signal->end(is_whole);
 }
 
 }  // namespace partita

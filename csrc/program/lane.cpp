@@ -244,9 +244,10 @@ void Lane::work(int worker_idx, int num_workers) {
       completion.spans = std::move(execution->spans);
       if (execution->has_begun) execution->frame->advance_cursor(execution->cursor);
       execution->frame->num_ranges.fetch_sub(1);
-      execution->signal->end(execution->error.empty() && !execution->was_stopped);
-      // Reported before the next range can start: completions of a lane come in the order of its tickets.
+      // Reported before the next range can start, here or on another lane: so completions come in the order of the
+      // work.
       completions_->push(std::move(completion));
+      execution->signal->end(execution->error.empty() && !execution->was_stopped);
       {
         const std::lock_guard<std::mutex> lock(mutex_);
         executions_.erase(std::find(executions_.begin(), executions_.end(), execution));

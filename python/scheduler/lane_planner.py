@@ -111,7 +111,7 @@ class LanePlanner:
             return self._next_of_prompts(lane, num_in_flight, num_free_rows, is_idle)
         if arrangement.is_spatial:
             composition = self._compose_decodes(is_idle)
-            share = arrangement.decode_share if self._outlook.has_prefill() else WHOLE_CHIP
+            share = arrangement.decode_share if self._outlook.is_prefilling() else WHOLE_CHIP
             return NextWork(share, composition)
         if arrangement.granularity == "token" and not self._runs:
             composition = self._composer.compose(lane, num_free_rows, is_idle, arrangement.token_budget)

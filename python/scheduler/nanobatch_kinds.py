@@ -23,7 +23,7 @@ SEARCHED_LAYERS = 4
 # Predicted part of a step's time below which cutting is not worth trying.
 LEAST_PREDICTED_GAIN = 0.03
 MOST_DISTANCE_TO_BORROW = 3.0  # octaves
-PIECES_PER_ASK = 2  # of a search, each a few hundred microseconds
+PIECES_PER_ASK = 1  # of a search: some 100 microseconds, the largest several hundred
 
 
 class Question(NamedTuple):

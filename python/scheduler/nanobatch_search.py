@@ -125,9 +125,9 @@ def _balanced_pair(table: NanoTable, ways: Sequence[tuple[int, ...]]) -> Generat
     by_evenness = sorted(ways, key=lambda counts: (max(counts) - min(counts), counts))
     bounds = []
     for index, shares in enumerate(table.share_pairs):
-        seconds = [max(table.work(counts, shares).lane_seconds()) for counts in (by_evenness[0], by_evenness[-1])]
-        bounds.append((min(seconds), index))
-        yield
+        for counts in (by_evenness[0], by_evenness[-1]):
+            bounds.append((max(table.work(counts, shares).lane_seconds()), index))
+            yield
     return min(bounds)[1]
 
 

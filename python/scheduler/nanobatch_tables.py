@@ -182,6 +182,8 @@ class ModelTable:
             index for index, node in enumerate(costs.nodes) if max_layers is None or 0 <= node.layer < max_layers
         ]  # fmt: skip
         self._is_attention = tuple(costs.is_attention[index] for index in self._kept)
+        self._chains: dict[tuple[int, int, tuple[float, float]], tuple[Operator, ...]] = {}
+        self._lanes: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def sequential_s(self) -> float:
         chain = self._chain(0, self.num_tokens, SOLO)
@@ -205,9 +207,16 @@ class ModelTable:
         return NanoWork(with_handoffs, tuple(is_cut[:-1]), self._is_attention)
 
     def _chain(self, first: int, last: int, shares: tuple[float, float]) -> tuple[Operator, ...]:
-        shape = self._step.shape(first, last, self._costs.model.window)
-        chain = self._costs.chain(shape, self._costs.lanes(shape), shares)
-        return tuple(chain[index] for index in self._kept)
+        """Kept: a search asks for the same piece beside many others."""
+        chain = self._chains.get((first, last, shares))
+        if chain is None:
+            shape = self._step.shape(first, last, self._costs.model.window)
+            lanes = self._lanes.get((first, last))
+            if lanes is None:
+                lanes = self._lanes[first, last] = self._costs.lanes(shape)
+            whole = self._costs.chain(shape, lanes, shares)
+            chain = self._chains[first, last, shares] = tuple([whole[index] for index in self._kept])
+        return chain
 
 
 def add_handoffs(

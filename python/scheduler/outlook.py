@@ -67,6 +67,12 @@ class Outlook:
             return True
         return any(request.num_expected_tokens - request.next_start > 1 for request in self._running)
 
+    def is_prefilling(self) -> bool:
+        """Prompts are pending, or on their way: the last chunk of one may be in flight."""
+        return self.has_prefill() or any(
+            request.num_known_tokens - request.num_computed_tokens > 1 for request in self._running
+        )
+
     def has_decode(self) -> bool:
         """Some request has its prompt behind it and more to say."""
         for request in self._running:

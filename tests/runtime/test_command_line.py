@@ -22,6 +22,9 @@ from runtime.llm import LLM
 from runtime.sampling_params import SamplingParams
 from runtime.serve import build_parser, read_api_keys
 from runtime.service_level import ServiceLevel
+from scheduler import policy as policies
+from scheduler.config import SchedulerConfig
+from scheduler.policy import with_preset
 from tests.server.scripted_engine import ScriptedEngine
 from tests.server.tiny_tokenizer import EOS, tiny_template, tiny_tokenizer
 
@@ -172,6 +175,11 @@ def test_generate_can_use_the_chat_template(capsys):
         (["--prompt", "a", "--policy", "random"], "policy"), (["m", "--model", "other", "--prompt", "a"], "twice"),
         (["--prompt", "a", "--kv-memory", "lots"], "kv_memory"),
         (["--prompt", "a", "--max-num-seqs", "0"], "max_num_seqs"),
+        (["--prompt", "a", "--max-resting-runs", "0"], "max_resting_runs"),
+        (["--prompt", "a", "--lanes", "half"], "lanes must be off, auto or two percentages such as 50:50, got 'half'"),
+        (["--prompt", "a", "--lanes", "0:100"], "lanes"), (["--prompt", "a", "--lanes", "50:101"], "lanes"),
+        (["--prompt", "a", "--prefill", "word"], "--prefill"),
+        (["--prompt", "a", "--nano-batches", "5"], "--nano-batches"),
     ],
 )  # fmt: skip
 def test_bad_flags_cost_no_load(arguments, says, capsys):
@@ -251,6 +259,25 @@ def test_console_script_lists_and_finds_its_commands(capsys):
         assert "--kv-cache-dtype" in shown
 
 
+def test_flags_of_the_scheduler_win_over_its_policy():
+    """What is not given is the policy's."""
+    parser = build_parser()
+    flags = "--policy flowprefill --lanes 25:75 --prefill layer --nano-batches auto --max-resting-runs 5"
+    args = EngineArgs.from_namespace(parser.parse_args(flags.split()))
+    assert (args.policy, args.lanes, args.prefill, args.nano_batches) == ("flowprefill", "25:75", "layer", "auto")
+    assert args.max_resting_runs == 5
+    config = with_preset(SchedulerConfig(1, policy=args.policy, lanes=args.lanes, prefill=args.prefill))
+    assert (config.lanes, config.prefill, config.nano_batches) == ("25:75", "layer", "off")
+    preset = with_preset(SchedulerConfig(1, policy="flowprefill"))
+    assert (preset.lanes, preset.prefill) == ("off", "operator")
+
+
+def test_help_names_every_policy():
+    text = " ".join(build_parser().format_help().split())
+    for name in policies._presets:
+        assert f" {name}," in text or f" {name} (" in text or name == "fcfs", name  # which is what default is
+
+
 def test_flags_become_engine_args():
     parser = build_parser()
     flags = (
@@ -282,6 +309,9 @@ SERVE = """
 import sys
 from types import SimpleNamespace
 from runtime.serve import main
+from scheduler import policy as policies
+from scheduler.config import SchedulerConfig
+from scheduler.policy import with_preset
 from tests.server.scripted_engine import ScriptedEngine
 from tests.server.tiny_tokenizer import tiny_template, tiny_tokenizer
 

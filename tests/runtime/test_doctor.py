@@ -110,6 +110,7 @@ def test_a_cpu_below_the_best_level_is_told_what_it_lacks():
     class Older:
         detected_cpu_isa = active_cpu_isa = staticmethod(lambda: "avx2")
         usable_cores = staticmethod(lambda: 1)
+        usable_core_ids = staticmethod(lambda: [0])
 
         @staticmethod
         def cpu_flags():
@@ -120,6 +121,7 @@ def test_a_cpu_below_the_best_level_is_told_what_it_lacks():
     cpu = doctor.describe_cpu(Older)
     assert cpu["why"] == "avx512 needs avx512vnni, avx512bf16"
     assert any("has not" in text for text in doctor.render_cpu(cpu))
+    assert "one core cannot be cut" in " ".join(doctor.render_cpu(cpu))
 
 
 def test_a_gpu_is_shown():

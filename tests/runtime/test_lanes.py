@@ -254,7 +254,7 @@ def test_frames_of_dropped_runs_come_back(loaded, prompts):
         runner.launch(LanePlan(20, 0, 1.0, "step", (3, 5), (scheduled(0, 0, PROMPTS[0]),), continues=11))
 
 
-def test_a_part_that_fails_fails_its_requests_and_frees_the_frame(loaded, prompts):
+def test_a_malformed_part_is_refused_and_its_frame_comes_back(loaded, prompts):
     """A part that names another node than the one where its run rests."""
     runner = make_runner(loaded, "off", max_resting_runs=1)
     admit(runner, prompts)
@@ -265,6 +265,34 @@ def test_a_part_that_fails_fails_its_requests_and_frees_the_frame(loaded, prompt
             runner.launch(LanePlan(2 * plan_id + 1, 0, 1.0, "step", (4, 6), (scheduled(0, 0, PROMPTS[0]),), (), (), (),
                                    2 * plan_id))  # fmt: skip
     assert runner.num_in_flight == 0
+
+
+def failed_result(runner: ModelRunner):
+    """The next plan's result, as if its last range had failed on the device."""
+    while True:
+        for completion in runner.completions.wait_any(60.0):
+            gathered = runner.gather({**completion, "error": "the device says no"})
+            if gathered is not None:
+                return runner.finish(gathered, lambda _request_id: False)[0]
+
+
+def test_a_failure_is_every_request_s_and_the_frames_come_back(loaded, prompts, expected):
+    runner = make_runner(loaded, "off", max_resting_runs=1, has_nano_batches=True, num_nano_frames=2)
+    num_nodes = loaded.program.num_nodes
+    both = (scheduled(0, 0, PROMPTS[0]), scheduled(1, 0, PROMPTS[1]))
+    ranges = (NanoRange(0, 0, num_nodes, 0), NanoRange(1, 0, num_nodes, 1))
+    nano = NanoPlan((PROMPTS[0], PROMPTS[1]), (0.5, 0.5), ranges)
+    admit(runner, prompts)
+    for plan_id in range(1, 30, 3):
+        runner.launch(LanePlan(plan_id, 0, 1.0, "step", (0, 3), both))
+        assert [name for name, _ in failed_result(runner).failed] == ["r0", "r1"]
+        runner.launch(LanePlan(plan_id + 1, 0, 1.0, "step", None, both, nano=nano))
+        result = failed_result(runner)
+        assert [name for name, _ in result.failed] == ["r0", "r1"] and not result.sampled
+        assert runner.num_in_flight == 0 and runner._frames.num_resting == 0
+    runner.launch(LanePlan(50, 0, 1.0, "step", None, both, nano=nano))
+    (result,) = results_of(runner)
+    assert dict(result.sampled) == {"r0": expected[0][0], "r1": expected[1][0]}
 
 
 def random_nano_plan(requests, num_nano: int, num_nodes: int, rng: random.Random) -> NanoPlan:
@@ -386,3 +414,15 @@ def test_an_engine_of_any_device_answers_the_same(loaded, prompts, expected, opt
             if event["cat"] == "node" and event["args"]["plan"] == step["args"]["plan"]
         ]
         assert within, step
+
+
+def test_graphs_are_captured_at_start_on_every_lane_that_decodes(loaded, prompts, expected):
+    if loaded.device.gpu is None:
+        pytest.skip("a CPU has no graphs")
+    limits = {**FEW, "max_num_batched_tokens": MAX_TOKENS, "max_model_len": MAX_LEN, "page_size": 32}
+    options = {"lanes": "50:50", "capture_at_start": True, "device": loaded.device.gpu.world}
+    with running_engine("tiny", loaded=loaded, **limits, **options) as engine:
+        lanes = engine.engine._runner.bank.decode_lanes
+        assert len(lanes) == 2 and all(lane.num_graphs > 0 for lane in lanes)
+        assert engine.run(prompts, max_tokens=NUM_NEW) == expected
+        assert sum(lane.num_graph_steps for lane in lanes) > 0

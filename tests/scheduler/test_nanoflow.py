@@ -12,6 +12,7 @@ from scheduler.machine import ClassRates, Machine, Saturation
 from scheduler.model_spec import ModelSpec
 from scheduler.nanobatch_check import check_nano_plan
 from scheduler.simulator import ModelCosts, Simulation
+from scheduler.simulator.costs import ScaledCost
 from scheduler.simulator.lanes import FinishedStep
 from scheduler.simulator.setup import load_model, scheduler_config
 from scheduler.simulator.simulation import SimulationResult
@@ -37,17 +38,23 @@ def config(**fields) -> SchedulerConfig:
     return SchedulerConfig(**{**values, **fields})
 
 
-def run(machine: Machine, hears: float | None = None, requests=BACKLOG, **fields) -> tuple[SimulationResult, list]:
-    """hears: measurements reach the trial, those of cut steps that many times as long; None: nobody measures."""
+class CutIsSlower(ModelCosts):
+    """Steps in nano-batches take so many times what the model says."""
+
+    def __init__(self, model: CostModel, factor: float) -> None:
+        super().__init__(model)
+        self._factor = factor
+
+    def step_cost(self, plan):
+        cost = super().step_cost(plan)
+        return cost if plan.nano is None else ScaledCost(cost, self._factor)
+
+
+def run(machine: Machine, *, cut_factor: float = 1.0, requests=BACKLOG, **fields) -> tuple[SimulationResult, list]:
+    """The result and its steps. The scheduler hears what steps took, as it does from the engine."""
     model, steps = CostModel(SPEC, machine), []
-
-    def observe(step: FinishedStep) -> None:
-        steps.append(step)
-        if hears is not None:
-            seconds = (step.end_ns - step.start_ns) * 1e-9
-            simulation.scheduler.hear_step(step.plan, seconds * (hears if step.plan.nano is not None else 1.0))
-
-    simulation = Simulation(config(**fields), ModelCosts(model), requests, cost_model=model, observe=observe)
+    costs = CutIsSlower(model, cut_factor)
+    simulation = Simulation(config(**fields), costs, requests, cost_model=model, observe=steps.append)
     return simulation.run(), steps
 
 
@@ -81,9 +88,9 @@ def test_where_shares_are_worth_what_they_are_no_step_is_cut():
 
 def test_the_engine_measures_and_stops_using_what_does_not_pay():
     """The model says that it pays; measured, cut steps take twice as long."""
-    believed_steps = run(OVERLAPPING, hears=1.0)[1]
+    believed_steps = run(OVERLAPPING)[1]
     assert num_cut(believed_steps) > 0.3 * len(believed_steps)
-    declined_steps = run(OVERLAPPING, hears=2.0)[1]
+    declined_steps = run(OVERLAPPING, cut_factor=2.0)[1]
     assert 0 < num_cut(declined_steps) < 0.1 * len(declined_steps)  # those of the trials
 
 
@@ -120,6 +127,6 @@ def test_by_the_numbers_of_a_public_data_sheet_it_pays_on_full_steps(machine_nam
         limits = scheduler_config(
             spec, machine, longest=4096, max_num_batched_tokens=1024, policy="nanoflow", nano_batches=nano_batches
         )
-        requests = [TraceRequest(0.0, 1800, 450) for _ in range(200)]
+        requests = [TraceRequest(0.0, 600 + 971 * i % 2600, 150 + 613 * i % 600) for i in range(500)]
         durations[nano_batches] = Simulation(limits, ModelCosts(model), requests, cost_model=model).run().duration_s
     assert durations["auto"] < 0.97 * durations["off"]

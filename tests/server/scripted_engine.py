@@ -63,6 +63,7 @@ class ScriptedEngine:
             "num_requests_running": len(self._running), "num_requests_waiting": len(self._waiting),
             "kv_cache_usage": held,
             "num_preemptions": 0, "prefix_queries": 10, "prefix_hits": 4, "steps": self._num_steps,
+            "num_pauses": 3, "num_moves": 2, "arrangements": {"50:50 token": 6, "one lane, token": 1},
             "fatal": self.fatal, "goodput": {"num_good_tokens": 70, "num_ttft_targets": 5, "num_ttft_kept": 3},
         }  # fmt: skip
 

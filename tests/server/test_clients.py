@@ -130,6 +130,9 @@ def test_metrics_add_up():
     assert samples["partita:good_tokens_total"] == 70
     assert (samples["partita:ttft_targets_total"], samples["partita:ttft_targets_kept_total"]) == (5, 3)
     assert samples["partita:deadlines_total"] == 0
+    assert (samples["partita:prefill_pauses_total"], samples["partita:border_moves_total"]) == (3, 2)
+    assert samples["partita:arrangements_total{arrangement=50:50 token}"] == 6
+    assert samples["partita:arrangements_total{arrangement=one lane, token}"] == 1
     assert samples["vllm:num_preemptions_total"] == 0
     buckets = [samples[key] for key in samples if key.startswith("vllm:e2e_request_latency_seconds_bucket")]
     assert buckets == sorted(buckets)

@@ -70,8 +70,9 @@ def plot_lanes(log: StepLog, path: str, title: str = "") -> None:
         share = num_chunk_tokens / plan.num_tokens
         alpha = 1.0 if step.first == 0 and step.ends_run else 0.6
         axis.barh(
-            row, width_s, left=start_s, height=height, color=_COLOURS[0], alpha=alpha, edgecolor="white", linewidth=0.3
-        )
+            row, width_s, left=start_s, height=height, color=_COLOURS[0] if share < 1 else "white", alpha=alpha,
+            edgecolor="white", linewidth=0.3,
+        )  # fmt: skip
         if share > 0:  # from one edge: what part of the step's tokens are prefill
             bottom = row - height / 2 + height * share / 2
             axis.barh(bottom, width_s, left=start_s, height=height * share, color=_COLOURS[1], alpha=alpha, linewidth=0)
@@ -79,7 +80,14 @@ def plot_lanes(log: StepLog, path: str, title: str = "") -> None:
             axis.vlines(start_s + width_s, row - height / 2, row + height / 2, color="black", linewidth=1.2)
     axis.set_yticks(range(len(lanes)), [f"lane {lane}" for lane in lanes])
     axis.set_xlabel("seconds")
-    axis.set_title(title or "decode tokens blue, prefill tokens orange; lighter: part of a run", fontsize=10)
+    axis.set_title(title, fontsize=10)
     axis.invert_yaxis()
+    marks = [
+        pyplot.Rectangle((0, 0), 1, 1, color=_COLOURS[0], label="decode tokens"),
+        pyplot.Rectangle((0, 0), 1, 1, color=_COLOURS[1], label="prefill tokens"),
+        pyplot.Rectangle((0, 0), 1, 1, color=_COLOURS[1], alpha=0.6, label="part of a run"),
+        pyplot.Line2D([], [], color="black", linewidth=1.2, label="paused"),
+    ]
+    axis.legend(handles=marks, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
