@@ -105,22 +105,25 @@ def run_all(
     configurations: Mapping[str, dict] = CONFIGURATIONS,
 ) -> dict[str, dict]:  # fmt: skip
     """Configuration -> its median line; a trace per repeat, the configurations in a new order for each. quiet_s: how long
-    to wait at most, before each run, for others to be done."""
+    to wait at most, before each run, for others to be done. Ctrl-C ends it with what there is."""
     rng = random.Random(seed)
     lines: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for repeat, trace in enumerate(traces):
-        for name in rng.sample(list(names), len(names)):
-            if quiet_s:
-                wait_until_quiet(quiet_s)
-            started_s = time.monotonic()
-            line = measure(loaded, replace(args, **configurations[name]).check(), trace, limit_s)
-            lines[name].append(line)
-            took_s = time.monotonic() - started_s
-            print(
-                f"# repeat {repeat + 1}  {name:<22} {took_s:5.1f} s  TPOT p99 {line['tpot_p99_s'] * 1e3:7.1f} ms",
-                flush=True,
-            )
-    return {name: median_line(of_name) for name, of_name in lines.items()}
+    try:
+        for repeat, trace in enumerate(traces):
+            for name in rng.sample(list(names), len(names)):
+                others_before = wait_until_quiet(quiet_s) if quiet_s else 0.0
+                started_s = time.monotonic()
+                line = measure(loaded, replace(args, **configurations[name]).check(), trace, limit_s)
+                lines[name].append(line)
+                took_s = time.monotonic() - started_s
+                print(
+                    f"# repeat {repeat + 1}  {name:<22} {took_s:5.1f} s  TPOT p99 {line['tpot_p99_s'] * 1e3:7.1f} ms  "
+                    f"others {others_before:.0%}, then {line['others']:.0%}",
+                    flush=True,
+                )
+    except KeyboardInterrupt:
+        print("# interrupted: what follows is of the runs that ended", flush=True)
+    return {name: median_line(of_name) for name, of_name in lines.items() if of_name}
 
 
 def best_baseline(lines: dict[str, dict], equal: float) -> str | None:

@@ -230,7 +230,9 @@ class Composer:
     ) -> None:
         """Where ranks change with time a prompt that waits may come before one that has begun."""
         next_prefill, can_admit = 0, True
-        while composition.budget > 0 and not (composition.has_stalled or composition.has_preempted):
+        while composition.budget > 0:
+            # Who runs comes before who waits, as above; but who runs goes on, or nobody might.
+            can_admit = can_admit and not (composition.has_stalled or composition.has_preempted)
             waiting = self._waiting.peek() if can_admit and len(composition.admissions) < num_free_rows else None
             prefill = prefills[next_prefill] if next_prefill < len(prefills) else None
             if waiting is not None and (prefill is None or waiting.rank < prefill.rank):

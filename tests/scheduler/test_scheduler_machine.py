@@ -178,6 +178,17 @@ def test_pauses_that_come_before_anything_was_done_keep_nobody_from_ending(seed)
     walk(seed, stop_at=0.0, **RESTLESS)
 
 
+SHORT_OF_PAGES = {
+    "policy": "flowprefill", "prefill": "token", "num_pages": 8, "kv_group_windows": (0,), "max_num_seqs": 3,
+    "max_num_batched_tokens": 7,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_a_decode_without_a_page_does_not_keep_those_that_rank_before_it(seed):
+    walk(seed, **SHORT_OF_PAGES)
+
+
 def test_the_random_lives_meet_what_they_are_meant_to_meet():
     lives = [walk(seed) for seed in range(40)]
     assert sum(life.scheduler.stats().num_preemptions for life in lives) > 20
@@ -269,7 +280,12 @@ def _pause_for_who_cannot_begin(self):
         self.arrangement = arrangement
 
 
-run_to_pause = LanePlanner.run_to_pause
+def _compose_by_rank_while_all_have_pages(self, prefills, composition, *rest):
+    if not (composition.has_stalled or composition.has_preempted):
+        compose_by_rank(self, prefills, composition, *rest)
+
+
+run_to_pause, compose_by_rank = LanePlanner.run_to_pause, Composer._compose_by_rank
 publish, make_room, pending_prefills = RequestPages.publish, Composer._make_room, Composer._pending_prefills
 land_part, drop, end_run = RunLives.land_part, RunLives.drop, RunLives._end
 
@@ -306,6 +322,9 @@ ABLATIONS = {
     ),
     "a part begins where its run rests": mock.patch.object(RunLives, "land_part", _land_as_ended),
     "what a dropped run computed is forgotten": mock.patch.object(RunLives, "drop", _drop_as_computed),
+    "who ranks first goes on while others lack pages": mock.patch.object(
+        Composer, "_compose_by_rank", _compose_by_rank_while_all_have_pages
+    ),
     "a run stops only for who can begin": mock.patch.object(LanePlanner, "run_to_pause", _pause_for_who_cannot_begin),
     "a dropped run's copies are not trusted": mock.patch.object(RunLives, "_end", _end_forgetting_copies),
 }
@@ -325,6 +344,8 @@ def test_the_checks_fail_when_a_mechanism_is_switched_off(mechanism):
             "watermark": 0.0,
         }  # fmt: skip
 
+    if mechanism == "who ranks first goes on while others lack pages":
+        overrides = SHORT_OF_PAGES
     if mechanism == "a run stops only for who can begin":
         overrides = {"stop_at": 0.0, **RESTLESS}
 
