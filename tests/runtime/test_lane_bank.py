@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from runtime import _native
+from runtime import _native, engine_loader
+from runtime.devices import CpuDevice
 from runtime.lane_bank import ALL_CUTS, NANO_COMPUTE, NANO_MEMORY, CorePartitions, LaneBank
 from runtime.model_runner import ModelRunner
 from scheduler.arrangement import DECODE_LANE, PREFILL_LANE
@@ -12,7 +13,7 @@ from scheduler.config import SchedulerConfig
 from scheduler.controllers import layered
 from scheduler.lane_planner import controller_for
 from scheduler.policy import policy_named, with_preset
-from tests.kit.engines import load, running_engine
+from tests.kit.engines import engine_args, load, running_engine
 from tests.kit.gpu_engines import FEW, random_tokens, write_llama
 
 
@@ -164,3 +165,15 @@ class RealCores(FakeCores):
 
     def partitions(self, cuts):
         return CorePartitions(self._cores, cuts)
+
+
+@pytest.mark.parametrize("flags, is_whole", [
+    ({}, False), ({"lanes": "50:50"}, False), ({"policy": "semi-pd"}, False), ({"policy": "nexus", "lanes": "auto"}, False),
+    ({"policy": "arbitrate", "lanes": "off"}, False), ({"policy": "arbitrate"}, True), ({"lanes": "auto"}, True),
+    ({"prefill": "layer"}, True), ({"policy": "flowprefill"}, True), ({"policy": "flowprefill", "prefill": "token"}, False),
+])  # fmt: skip
+def test_frames_hold_whole_prompts_where_prompts_go_in_parts(flags, is_whole):
+    device = CpuDevice(2)
+    num_tokens = engine_loader._batched_tokens(engine_args("any", **flags, device="cpu"), device)
+    assert num_tokens == (engine_loader.RUN_TOKENS if is_whole else device.batched_tokens)
+    assert engine_loader._batched_tokens(engine_args("any", **flags, max_num_batched_tokens=99), device) == 99
