@@ -43,7 +43,9 @@ class NanoPlanner:
         """cost_model: None where the machine was never calibrated; then steps are cut only if asked for, in equal parts,
         and only if spec says what the program's nodes are. Raises ValueError if the model's nodes are not the program's."""
         self._spec = cost_model.spec if cost_model is not None else spec
-        self._costs = NanoCosts(cost_model) if cost_model is not None else None
+        costs = NanoCosts(cost_model) if cost_model is not None else None
+        # None also where the chip cannot be cut, one core for instance: whatever overlaps there takes turns.
+        self._costs = costs if costs is not None and costs.share_pairs else None
         self._nodes = self._spec.nodes() if self._spec is not None else ()
         if config.num_nodes and self._nodes and config.num_nodes != len(self._nodes):
             raise ValueError(
@@ -71,7 +73,9 @@ class NanoPlanner:
         if num_nano == 1 or num_tokens < 2 or not self._nodes:
             return self._decline("one batch was asked for" if num_nano == 1 else "nothing to cut, or nodes not known")
         if self._costs is None:
-            return self._equal_parts(requests, num_nano, num_tokens) if num_nano else self._decline("no cost model")
+            if num_nano:
+                return self._equal_parts(requests, num_nano, num_tokens)
+            return self._decline("no cost model, or a chip that cannot be cut")
         shape = shape_of(requests, self._window)
         kind = kind_of(shape)
         answer = self._kinds.ask(kind, num_nano)
@@ -130,7 +134,7 @@ class NanoPlanner:
         num_nano = min(num_nano, num_tokens)
         token_counts = equal_counts(num_tokens, num_nano)
         shares = (0.5, 0.5)
-        if self._costs is not None and self._costs.share_pairs:
+        if self._costs is not None:
             shares = min(self._costs.share_pairs, key=lambda pair: (abs(pair[0] - 0.5), pair))
         order = lock_step(len(self._nodes), num_nano)
         return self._plan(

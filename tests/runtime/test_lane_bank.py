@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from runtime import _native
+from runtime import _native, engine_loader
+from runtime.devices import CpuDevice, GpuDevice
 from runtime.lane_bank import ALL_CUTS, NANO_COMPUTE, NANO_MEMORY, CorePartitions, LaneBank
 from runtime.model_runner import ModelRunner
 from scheduler.arrangement import DECODE_LANE, PREFILL_LANE
@@ -12,7 +13,7 @@ from scheduler.config import SchedulerConfig
 from scheduler.controllers import layered
 from scheduler.lane_planner import controller_for
 from scheduler.policy import policy_named, with_preset
-from tests.kit.engines import load, running_engine
+from tests.kit.engines import engine_args, load, running_engine
 from tests.kit.gpu_engines import FEW, random_tokens, write_llama
 
 
@@ -164,3 +165,51 @@ class RealCores(FakeCores):
 
     def partitions(self, cuts):
         return CorePartitions(self._cores, cuts)
+
+
+@pytest.mark.parametrize("flags, is_whole", [
+    ({}, False), ({"lanes": "50:50"}, False), ({"policy": "semi-pd"}, False), ({"policy": "nexus", "lanes": "auto"}, False),
+    ({"policy": "arbitrate", "lanes": "off"}, False), ({"policy": "arbitrate"}, True), ({"lanes": "auto"}, True),
+    ({"prefill": "layer"}, True), ({"policy": "flowprefill"}, True), ({"policy": "flowprefill", "prefill": "token"}, False),
+])  # fmt: skip
+def test_frames_hold_whole_prompts_where_prompts_go_in_parts(flags, is_whole):
+    device = CpuDevice(2)
+    num_tokens = engine_loader._batched_tokens(engine_args("any", **flags, device="cpu"), device)
+    assert num_tokens == (engine_loader.RUN_TOKENS if is_whole else device.batched_tokens)
+    assert engine_loader._batched_tokens(engine_args("any", **flags, max_num_batched_tokens=99), device) == 99
+
+
+@pytest.mark.parametrize("flags", [
+    {}, {"lanes": "50:50"}, {"lanes": "auto"}, {"prefill": "operator", "max_resting_runs": 5}, {"nano_batches": "2"},
+    {"lanes": "auto", "prefill": "layer", "nano_batches": "auto"},
+], ids=str)  # fmt: skip
+def test_frames_and_graphs_take_no_more_memory_than_was_left_for_them(flags, tmp_path, monkeypatch):
+    """All frames at once that there can ever be, all graphs captured; the host execution counts what is allocated."""
+    args = engine_args(
+        write_llama(tmp_path), **{**FEW, "max_num_batched_tokens": 64}, device="simt", max_model_len=64,
+        capture_at_start=True, **flags,
+    )  # fmt: skip
+    reserved, ask = [], GpuDevice.reserved_bytes
+
+    def recording(device, *args, **sizes):
+        reserved.append(ask(device, *args, **sizes))
+        return reserved[-1]
+
+    monkeypatch.setattr(GpuDevice, "reserved_bytes", recording)
+    loaded = engine_loader.load_model(args)
+    gpu, plan = loaded.device.gpu, loaded.kv_plan
+    before = gpu.free_bytes
+    arena = loaded.device.kv_arena(plan.groups, plan.num_pages)
+    arena_bytes = before - gpu.free_bytes
+    del arena
+    assert gpu.free_bytes == before
+    engine = engine_loader.start_engine(loaded, args, lambda deltas: None)
+    try:
+        frames = []
+        with pytest.raises(RuntimeError, match="frames: all"):
+            while True:
+                frames.append(engine._runner._frames.take())
+        taken = before - gpu.free_bytes - arena_bytes
+        assert 0.5 * reserved[0] < taken <= reserved[0] + (64 << 10) * len(frames)  # pinned blocks are the host's
+    finally:
+        engine.shutdown()

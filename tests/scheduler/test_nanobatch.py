@@ -158,6 +158,18 @@ def test_the_planner_cuts_where_it_pays_and_not_where_it_does_not():
     assert any("tokens at shares" in line for line in cutter.describe())
 
 
+@pytest.mark.parametrize("nano_batches", ["auto", "2"])
+def test_a_machine_that_cannot_be_cut_gets_equal_parts_where_they_are_asked_for(nano_batches):
+    """One core: its machine file knows no share but the whole."""
+    config = SchedulerConfig(num_pages=100, nano_batches=nano_batches)
+    cutter = NanoPlanner(config, CostModel(LLAMA_8B, overlap_machine(rungs=(1.0,))))
+    cutter.prepare([kind_of(shape_of(mixed_step()))])
+    assert cutter.plan(mixed_step()) is None and "cannot be cut" in cutter.reason
+    nano = cutter.plan(mixed_step(), 2)
+    check_nano_plan(plan_of(mixed_step(), nano), LLAMA_8B)
+    assert max(nano.token_counts) - min(nano.token_counts) <= 1
+
+
 def test_a_machine_that_halves_with_its_share_gains_nothing():
     """The ablation of the table: rates in proportion to the share leave nothing to win."""
     proportional = planner(saturation=Saturation())
