@@ -18,6 +18,7 @@ kind of candidate; their own controllers are beside this one to be compared with
 
 from __future__ import annotations
 
+from collections import deque
 from math import log2
 from typing import NamedTuple
 
@@ -39,6 +40,10 @@ KINDS = ("mix", "nano", "turns", "split", "overlap")
 _STEPS_PER_OCTAVE = 4  # of the sizes for which candidates are predicted: neighbours differ by less than a fifth
 _MOST_KNOWN = 4096
 _REFRESH_EVERY = 2048  # decisions after which predictions are made anew: the cost model learns
+# A mixed step cannot be paused, and the one planned behind it neither: an arrival waits for both. Of the tightest TTFT
+# target that was lately met with, a step takes at most this part.
+_BLOCKING_SHARE = 0.15
+_NUM_TTFT_TARGETS = 64
 _LOOK_AHEAD = 8  # prompts that stand for those to come
 
 
@@ -60,6 +65,7 @@ class _Sizes(NamedTuple):
     prompt_start: int  # before them
     tpot_us: int
     least_tokens: int  # that an answer has, most of the time
+    ttft_ms: int  # the tightest target that was lately met with; 0: none
 
     @property
     def run_tokens(self) -> int:
@@ -79,6 +85,7 @@ class Arbitration:
         self._hysteresis = hysteresis
         self._uses_slack = uses_slack
         self._nano: NanoPlanner | None = None
+        self._ttft_targets: deque[float] = deque(maxlen=_NUM_TTFT_TARGETS)
         self._lengths = AnswerLengths()
         self._busy_until_s = 0.0  # when the last step that was decided on ends, as predicted
         self._latest_step_s = 0.0  # what it takes
@@ -96,7 +103,8 @@ class Arbitration:
     # What it hears
 
     def hear_first_token(self, request: Request, now: float) -> None:
-        pass
+        if request.ttft_s is not None:
+            self._ttft_targets.append(request.ttft_s)
 
     def hear_finished(self, request: Request, now: float) -> None:
         if request.finish_reason in ("stop", "length"):
@@ -127,6 +135,9 @@ class Arbitration:
             room_s = 1e9 if allowed_s is None else max(allowed_s - decode_s, 0.0)
             return Arrangement(granularity="operator", segment_s=max(room_s, 1e-6), reason=text)
         num_nano_batches = 0 if candidate.kind == "nano" else 1
+        if self._ttft_targets and self._uses_slack:
+            blocking_s = max(_BLOCKING_SHARE * min(self._ttft_targets), decode_s)
+            allowed_s = blocking_s if allowed_s is None else min(allowed_s, blocking_s)
         budget = self._budget(outlook, decodes, allowed_s)
         return Arrangement(token_budget=budget, num_nano_batches=num_nano_batches, reason=text)
 
@@ -156,6 +167,7 @@ class Arbitration:
             _rounded(shape.num_tokens), _rounded(shape.decode_kv_tokens / shape.num_tokens), num_prompts,
             _rounded(max(min(num_tokens, most) / num_prompts, 1)), _rounded(starts / num_prompts),
             round(tpot_s * 1e6) if tpot_s else 0, _rounded(self._lengths.least),
+            round(1e3 * min(self._ttft_targets, default=0.0)),
         )  # fmt: skip
 
     def _predict(self, sizes: _Sizes) -> tuple[Candidate, ...]:
@@ -217,6 +229,8 @@ class Arbitration:
             # Bursts: a large chunk now and then, as large as the credit that the shortest answers gather pays for, and
             # decodes alone between them.
             credit_s = target_s + (target_s - decode_s) * (sizes.least_tokens - 1)
+            if sizes.ttft_ms:
+                credit_s = min(credit_s, max(_BLOCKING_SHARE * sizes.ttft_ms / 1e3, decode_s))
             num_tiles = most_tiles(lambda tiles: step_s(tiles * TILE_TOKENS), most // TILE_TOKENS, credit_s)
             num_tokens = min(num_tiles * TILE_TOKENS, max(sizes.run_tokens, self._least_tokens))
             if num_tokens:
