@@ -63,6 +63,7 @@ class Engine:
         self._num_prompt_tokens: dict[str, int] = {}
         self._seeds = random.Random(config.seed)
         self._num_steps = 0
+        self._lane_ends_ns = [0, 0]  # when the latest plan of each lane ended
         self._num_step_tokens = 0
         self._last_step_s = time.monotonic()
         self._fatal: str | None = None
@@ -206,7 +207,10 @@ class Engine:
 
     def _observe(self, completion: dict, plan) -> None:
         """What a step took that ran whole and alone: for the cost model and for nano-batches on trial."""
-        if self._scheduler.config.num_lanes > 1 or plan.node_range is not None or completion["was_stopped"]:
+        lane, other = plan.lane, 1 - plan.lane
+        was_alone = self._lane_ends_ns[other] <= completion["start_ns"] and not self._runner.has_in_flight(other)
+        self._lane_ends_ns[lane] = completion["end_ns"]
+        if not was_alone or plan.share < 1.0 or plan.node_range is not None or completion["was_stopped"]:
             return
         seconds = (completion["end_ns"] - completion["start_ns"]) / 1e9
         self._scheduler.hear_step(plan, seconds)

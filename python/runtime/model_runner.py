@@ -76,6 +76,10 @@ class ModelRunner:
     def num_in_flight(self) -> int:
         return sum(len(flights) for flights in self._flights)
 
+    def has_in_flight(self, role: int) -> bool:
+        """Plans of this lane of the scheduler are queued or running."""
+        return role < len(self._flights) and bool(self._flights[role])
+
     def check_sampling(self, sampling) -> None:
         """Raises ValueError for native sampling parameters that the device does not take."""
         self.rows.check_sampling(sampling)

@@ -87,6 +87,7 @@ class LanePlanner:
         # preempted for would go to it again, for ever.
         self._can_admit = True
         self.arrangement = Arrangement()
+        self._border: tuple[float, float] | None = None  # the shares when both sides last had something to do
         self.num_moves = 0  # of the border between the lanes, or between one lane and two
         self.counts: dict[str, int] = {}  # arrangement -> times it was decided on
 
@@ -97,9 +98,12 @@ class LanePlanner:
             decided = replace(decided, granularity=self._config.prefill)
         if not self._has_parts and decided.granularity != "token":
             decided = replace(decided, granularity="token")
-        before, self.arrangement = self.arrangement, decided
-        if (decided.prefill_share, decided.decode_share) != (before.prefill_share, before.decode_share):
-            self.num_moves += bool(self.counts)
+        self.arrangement = decided
+        border = decided.prefill_share, decided.decode_share
+        if border != self._border and self._outlook.has_prefill() and self._outlook.has_decode():
+            # With one side idle there is no border: the other has the whole chip, and that is no move.
+            self.num_moves += self._border is not None
+            self._border = border
         key = _describe(decided)
         self.counts[key] = self.counts.get(key, 0) + 1
         return decided

@@ -135,10 +135,8 @@ class Arbitration:
             room_s = 1e9 if allowed_s is None else max(allowed_s - decode_s, 0.0)
             return Arrangement(granularity="operator", segment_s=max(room_s, 1e-6), reason=text)
         num_nano_batches = 0 if candidate.kind == "nano" else 1
-        if self._ttft_targets and self._uses_slack:
-            blocking_s = max(_BLOCKING_SHARE * min(self._ttft_targets), decode_s)
-            allowed_s = blocking_s if allowed_s is None else min(allowed_s, blocking_s)
-        budget = self._budget(outlook, decodes, allowed_s)
+        blocking_s = _BLOCKING_SHARE * min(self._ttft_targets) if self._ttft_targets and self._uses_slack else None
+        budget = self._budget(outlook, decodes, allowed_s, blocking_s)
         return Arrangement(token_budget=budget, num_nano_batches=num_nano_batches, reason=text)
 
     def _choose(self, outlook: Outlook, decodes: Decodes) -> Candidate:
@@ -221,16 +219,22 @@ class Arbitration:
                 shape = shape.plus_chunk(first + (whole_prompt - part) // 2, part, window)
             return model.step_s(shape) * guard
 
+        blocking_s = _BLOCKING_SHARE * sizes.ttft_ms / 1e3 if sizes.ttft_ms else None
         if target_s is None:
             whole = min(most, sizes.run_tokens)
+            if blocking_s is not None:
+                num_tiles = most_tiles(lambda tiles: step_s(tiles * TILE_TOKENS), -(-whole // TILE_TOKENS), blocking_s)
+                whole = min(whole, num_tiles * TILE_TOKENS)
+            if not whole:  # even a tile keeps arrivals waiting: in turns they need not wait
+                return Candidate("mix", 0.0, 1.0, 0.0, decode_s)
             return self._cut(Candidate("mix", 0.0, 1.0, whole / step_s(whole), step_s(whole)), decode, first, whole)
         burst_rate = burst_tokens = 0.0
         if self._uses_slack:
             # Bursts: a large chunk now and then, as large as the credit that the shortest answers gather pays for, and
             # decodes alone between them.
             credit_s = target_s + (target_s - decode_s) * (sizes.least_tokens - 1)
-            if sizes.ttft_ms:
-                credit_s = min(credit_s, max(_BLOCKING_SHARE * sizes.ttft_ms / 1e3, decode_s))
+            if blocking_s is not None:
+                credit_s = min(credit_s, max(blocking_s, decode_s))
             num_tiles = most_tiles(lambda tiles: step_s(tiles * TILE_TOKENS), most // TILE_TOKENS, credit_s)
             num_tokens = min(num_tiles * TILE_TOKENS, max(sizes.run_tokens, self._least_tokens))
             if num_tokens:
@@ -284,21 +288,28 @@ class Arbitration:
         begin_s = max(outlook.now, self._busy_until_s)
         return allowed_step_s(who, begin_s, decode_s, self._lengths, MARGIN)
 
-    def _budget(self, outlook: Outlook, decodes: Decodes, allowed_s: float | None) -> int:
-        """Tokens of the next step: a chunk as large as the time allows, none where that is not worth a step."""
+    def _budget(self, outlook: Outlook, decodes: Decodes, allowed_s: float | None, blocking_s: float | None) -> int:
+        """Tokens of the next step: a chunk as large as the credit allows, none where that is not worth a step, and smaller
+        where it would keep arrivals waiting."""
         model, shape, most = self._model, decodes.shape, self._config.max_num_batched_tokens
         prefill = outlook.first_prefill(DECODE_LANE)
-        if allowed_s is None or prefill is None:
+        if (allowed_s is None and blocking_s is None) or prefill is None:
             return most
         start, window, guard = prefill.next_start, model.window, max(1.0, model.guard_ratio)
-        num_tiles = most_tiles(
-            lambda tiles: model.step_s(shape.plus_chunk(start, tiles * TILE_TOKENS, window)) * guard,
-            max(0, most - shape.num_tokens) // TILE_TOKENS, allowed_s,
-        )  # fmt: skip
-        num_tokens = num_tiles * TILE_TOKENS
-        pending = prefill.num_expected_tokens - prefill.next_start
-        if num_tokens < min(self._least_tokens, pending) and self._uses_slack:
+
+        def tokens_within(limit_s: float | None) -> int:
+            room = max(0, most - shape.num_tokens) // TILE_TOKENS
+            if limit_s is None:
+                return room * TILE_TOKENS
+            return TILE_TOKENS * most_tiles(
+                lambda tiles: model.step_s(shape.plus_chunk(start, tiles * TILE_TOKENS, window)) * guard, room, limit_s
+            )
+
+        num_tokens, least = tokens_within(allowed_s), self._least_tokens
+        if num_tokens < min(least, prefill.num_expected_tokens - start) and self._uses_slack:
             num_tokens = 0  # credit grows until a chunk is worth it
+        elif blocking_s is not None and num_tokens > least:
+            num_tokens = min(num_tokens, max(tokens_within(blocking_s), least))
         if num_tokens:
             shape = shape.plus_chunk(start, num_tokens, window)
         begin_s = max(outlook.now, self._busy_until_s)
