@@ -131,7 +131,9 @@ class Arbitration:
             return Arrangement(candidate.prefill_share, candidate.decode_share, "operator", reason=text)
         decode_s = model.guarded_step_s(decodes.shape)
         allowed_s = self._allowed_s(outlook, decodes, decode_s)
-        if candidate.kind == "turns":
+        # A run that has begun goes on in turns: mixed steps would have it end before any other prompt begins, one in a hurry
+        # too. (Found by a real run: of short prompts beside long ones 27 % were in time instead of all.)
+        if candidate.kind == "turns" or outlook.runs:
             room_s = 1e9 if allowed_s is None else max(allowed_s - decode_s, 0.0)
             return Arrangement(granularity="operator", segment_s=max(room_s, 1e-6), reason=text)
         num_nano_batches = 0 if candidate.kind == "nano" else 1
