@@ -1,5 +1,6 @@
 """The rule that chooses among ways to share the chip: never worse than one of them, and why (simulated)."""
 
+import random
 from dataclasses import replace
 from functools import cache
 
@@ -8,6 +9,7 @@ import pytest
 from scheduler.controllers import arbitration, goodput_order
 from scheduler.controllers.arbitration import Arbitration
 from scheduler.cost_model import CostModel
+from scheduler.request import Request
 from scheduler.simulator.costs import ModelCosts
 from scheduler.simulator.setup import scheduler_config
 from scheduler.simulator.simulation import ServiceTargets, Simulation
@@ -126,3 +128,22 @@ def test_without_a_calibrated_machine_there_is_one_lane_and_the_policys_budget()
 def test_equal_runs_decide_equally():
     first, second = (restricted(arbitration.KINDS, 20)[1].decisions for _ in range(2))
     assert first == second
+
+
+def test_a_prompt_in_a_hurry_begins_before_long_ones_that_have_begun():
+    """Nobody has a TPOT target, decodes come and go: what a long prompt has begun must not have to end first."""
+
+    def num_in_time(policy: str) -> int:
+        one = simulation(policy, [], max_num_batched_tokens=8192)
+        rng, now = random.Random(4), 0.0
+        for index in range(60):
+            now += rng.expovariate(9.0)
+            is_long = rng.random() < 0.25
+            num_tokens, ttft_s = (8000, 20.0) if is_long else (100, 0.06)
+            request = Request(
+                f"r{index}", range(num_tokens), 8, arrival_s=now, namespace=f"r{index}", ttft_s=ttft_s
+            )  # fmt: skip
+            one.add(round(now * 1e9), request)
+        return one.run().stats.goodput.num_ttft_kept
+
+    assert num_in_time("arbitrate") >= 0.9 * num_in_time("flowprefill") > 1.5 * num_in_time("default")
