@@ -25,7 +25,7 @@ from typing import NamedTuple
 from scheduler.arrangement import DECODE_LANE, Arrangement
 from scheduler.config import SchedulerConfig
 from scheduler.controllers.tpot_slack import AnswerLengths, allowed_step_s
-from scheduler.cost_model import CostModel
+from scheduler.cost_model import CostModel, StepCost
 from scheduler.nanobatch_planner import NanoPlanner
 from scheduler.outlook import Decodes, Outlook
 from scheduler.request import Request
@@ -91,6 +91,7 @@ class Arbitration:
         self._latest_step_s = 0.0  # what it takes
         self._present: Candidate | None = None
         self._known: dict[_Sizes, tuple[Candidate, ...]] = {}
+        self._costs: dict[tuple[StepShape, float], StepCost] = {}  # of lanes
         self._num_decisions = 0
         has_lanes = config.lanes == "auto"
         self._splits = [(rung, 1.0 - rung) for rung in config.rungs] if has_lanes and "split" in kinds else []
@@ -174,6 +175,7 @@ class Arbitration:
         self._num_decisions += 1
         if self._num_decisions % _REFRESH_EVERY == 0 or len(self._known) >= _MOST_KNOWN:
             self._known.clear()
+            self._costs.clear()
         known = self._known.get(sizes)
         if known is None:
             known = self._known[sizes] = tuple(self._candidates(sizes))
@@ -264,7 +266,7 @@ class Arbitration:
         target_s: float | None, guard: float,
     ) -> Candidate:  # fmt: skip
         model, total = self._model, prefill_share + decode_share
-        decode_cost, run_cost = model.step_cost(decode, decode_share), model.step_cost(run, prefill_share)
+        decode_cost, run_cost = self._cost(decode, decode_share), self._cost(run, prefill_share)
         decode_demand, run_demand = decode_cost.demand_bytes_per_s, run_cost.demand_bytes_per_s
         is_overlap = total > 1.0 + 1e-9
         if is_overlap:
@@ -278,6 +280,13 @@ class Arbitration:
             alone_s = model.step_s(decode) * guard
             rate *= max(0.0, target_s - alone_s) / max(decode_s - alone_s, 1e-9) if alone_s < decode_s else 0.0
         return Candidate("overlap" if is_overlap else "split", prefill_share, decode_share, rate, decode_s)
+
+    def _cost(self, shape: StepShape, share: float) -> StepCost:
+        """Kept: sizes come in new combinations far more often than anew."""
+        cost = self._costs.get((shape, share))
+        if cost is None:
+            cost = self._costs[shape, share] = self._model.step_cost(shape, share)
+        return cost
 
     def _allowed_s(self, outlook: Outlook, decodes: Decodes, decode_s: float) -> float | None:
         if decodes.tightest_tpot_s is None:
