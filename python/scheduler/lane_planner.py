@@ -100,11 +100,12 @@ class LanePlanner:
             decided = replace(decided, granularity="token")
         self.arrangement = decided
         border = decided.prefill_share, decided.decode_share
-        if border != self._border:
-            # One lane because a side has nothing to do is no move: the other has the whole chip meanwhile.
-            if decided.is_spatial or (self._outlook.has_prefill() and self._outlook.has_decode()):
-                self.num_moves += self._border is not None
-                self._border = border
+        # One lane because a side has nothing to do is no move: the other has the whole chip meanwhile.
+        if border != self._border and (
+            decided.is_spatial or (self._outlook.has_prefill() and self._outlook.has_decode())
+        ):
+            self.num_moves += self._border is not None
+            self._border = border
         key = _describe(decided)
         self.counts[key] = self.counts.get(key, 0) + 1
         return decided
