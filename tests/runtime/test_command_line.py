@@ -275,6 +275,8 @@ def test_flags_of_the_scheduler_win_over_its_policy():
 def test_help_names_every_policy():
     text = " ".join(build_parser().format_help().split())
     for name in policies._presets:
+        if name.startswith("chosen"):
+            continue  # of another test
         assert f" {name}," in text or f" {name} (" in text or name == "fcfs", name  # which is what default is
 
 
