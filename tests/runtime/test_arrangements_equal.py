@@ -12,7 +12,6 @@ import pytest
 
 from runtime import engine_loader
 from runtime.describe_model import spec_of
-from runtime.model_runner import ModelRunner
 from scheduler.controllers import semi_pd
 from scheduler.cost_model import CostModel
 from scheduler.machine import ClassRates, Machine
@@ -55,18 +54,6 @@ def calibrated(loaded, monkeypatch):
     monkeypatch.setattr(
         engine_loader, "calibrated_model", lambda _loaded, args: CostModel(spec_of(loaded, args.kv_codecs), machine)
     )
-
-
-@pytest.fixture
-def plans(monkeypatch):
-    seen, launch = [], ModelRunner.launch
-
-    def recording(runner, plan):
-        seen.append(plan)
-        launch(runner, plan)
-
-    monkeypatch.setattr(ModelRunner, "launch", recording)
-    return seen
 
 
 def check_equal(loaded, prompts, expected, *, num_rounds: int = 1, targets=None, **args) -> dict:

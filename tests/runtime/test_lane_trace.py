@@ -38,18 +38,6 @@ def expected(loaded, prompts):
         return engine.run(prompts, max_tokens=40)
 
 
-@pytest.fixture
-def plans(monkeypatch):
-    seen, launch = [], ModelRunner.launch
-
-    def recording(runner, plan):
-        seen.append(plan)
-        launch(runner, plan)
-
-    monkeypatch.setattr(ModelRunner, "launch", recording)
-    return seen
-
-
 class Steps:
     """A trace's steps of each lane in order of time, each with its nodes."""
 

@@ -70,19 +70,6 @@ def calibrated(loaded, monkeypatch):
     monkeypatch.setattr(engine_loader, "calibrated_model", lambda _loaded, _args: model)
 
 
-@pytest.fixture
-def plans(monkeypatch):
-    """Every plan that an engine of this test launches: that a mechanism ran is seen here."""
-    seen, launch = [], ModelRunner.launch
-
-    def recording(runner, plan):
-        seen.append(plan)
-        launch(runner, plan)
-
-    monkeypatch.setattr(ModelRunner, "launch", recording)
-    return seen
-
-
 def check_equal(loaded, prompts, expected, **args) -> EngineUnderTest:
     few = replace(loaded, kv_plan=replace(loaded.kv_plan, num_pages=FEW_PAGES))
     with running_engine("smollm2", loaded=few, **{**LIMITS, **args}) as engine:
