@@ -87,7 +87,8 @@ class PlanCommits:
             admissions=tuple(admissions),
             resets=tuple(resets),
             copies=tuple(copies),
-            nano=cut(scheduled) if cut is not None else None,
+            # Copies are the first nano-batch's; an order may begin with another, which would not wait for them.
+            nano=cut(scheduled) if cut is not None and not copies else None,
         )
         if run_bounds is None:
             self.lanes[lane].append(Flight(plan, requests, copy_sources))

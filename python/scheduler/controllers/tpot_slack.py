@@ -5,11 +5,11 @@ steps can pay. A request that has n tokens since its first and will have at leas
 
     elapsed + step + (L - n - 1) * decode step <= target * L
 
-From L on it may end at any token, so there are no debts any more: the step must leave it in time at its next token. Nobody
-knows L: it is what nine of ten of the requests that ended had at least. (With "at least h more from here", an end that moves
-on with every token, debts were made anew before they were paid: half of the short answers of a code trace missed their
-target.) A request that could not be in time even if it became as long as half of those that ended, by steps of decodes
-alone, constrains nothing any more; one that could, but not with a prompt beside it, lets no prompt in.
+From L on it may end at any token, so there are no debts any more: the step must leave it in time at its next token.
+Nobody knows L: it is what nine of ten of the requests that ended had at least. (With "at least h more from here", an
+end that moves on with every token, debts were made anew before they were paid, and short answers ended in debt.) A
+request that could not be in time even if it became as long as half of those that ended, by steps of decodes alone,
+constrains nothing any more; one that could, but not with a prompt beside it, lets no prompt in.
 
 n counts tokens that plans in flight sample, and the step begins when those plans have ended: who has just got its first
 token, or is about to, has no credit yet.
