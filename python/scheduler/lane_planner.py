@@ -123,7 +123,7 @@ class LanePlanner:
         if arrangement.granularity == "token" and not self._runs:
             composition = self._composer.compose(lane, num_free_rows, is_idle, arrangement.token_budget)
             return NextWork(WHOLE_CHIP, composition, num_nano_batches=arrangement.num_nano_batches)
-        return self._next_in_turn(arrangement, num_free_rows, is_idle)
+        return self._next_in_turn(arrangement, num_in_flight, num_free_rows, is_idle)
 
     def _next_of_prompts(self, lane: int, num_in_flight: int, num_free_rows: int, is_idle: bool) -> NextWork | None:
         arrangement, composer = self.arrangement, self._composer
@@ -144,29 +144,36 @@ class LanePlanner:
             run = self._runs.first_resting()  # whoever ranks before it cannot begin after all
         return NextWork(share, run=run, last=self._config.num_nodes) if run is not None else None
 
-    def _next_in_turn(self, arrangement: Arrangement, num_free_rows: int, is_idle: bool) -> NextWork | None:
-        """One lane: decodes and parts of prefills take turns; either goes on alone when the other has nothing."""
+    def _next_in_turn(
+        self, arrangement: Arrangement, num_in_flight: int, num_free_rows: int, is_idle: bool
+    ) -> NextWork | None:
+        """One lane: decodes and parts of prefills take turns; either goes on alone when the other has nothing, or when no
+        operator fits the time that decodes leave."""
         if self._part_was_last or not self._can_admit:
             composition = self._compose_decodes(is_idle)
             if composition.shares or composition.has_preempted:
                 self._part_was_last = not composition.shares
                 return NextWork(WHOLE_CHIP, composition)
-        part = self._next_part(arrangement, num_free_rows, is_idle)
-        if part is not None:
-            if part.run is not None or part.composition.shares:
-                self._part_was_last = True
-            return part
-        if self._part_was_last:
-            return None
-        return NextWork(WHOLE_CHIP, self._compose_decodes(is_idle))
+        part = self._next_part(arrangement, num_free_rows, is_idle, can_wait=True)
+        if part is None and not self._part_was_last:
+            composition = self._compose_decodes(is_idle)
+            if composition.shares or composition.has_preempted:
+                return NextWork(WHOLE_CHIP, composition)
+        if part is None and not num_in_flight:  # decodes that could not go on either are nothing to wait for
+            part = self._next_part(arrangement, num_free_rows, is_idle, can_wait=False)
+        if part is not None and (part.run is not None or part.composition.shares):
+            self._part_was_last = True
+        return part
 
     def _compose_decodes(self, is_idle: bool) -> Composition:
         composition = self._composer.compose_decodes(DECODE_LANE, is_idle)
         self._can_admit = not (composition.has_stalled or composition.has_preempted)
         return composition
 
-    def _next_part(self, arrangement: Arrangement, num_free_rows: int, is_idle: bool) -> NextWork | None:
-        """None: no prompt can go on now."""
+    def _next_part(
+        self, arrangement: Arrangement, num_free_rows: int, is_idle: bool, can_wait: bool
+    ) -> NextWork | None:
+        """None: no prompt can go on now, or may not yet (can_wait)."""
         if self._runs.in_flight() is not None:
             return None
         run = self._resting_run_to_go_on(DECODE_LANE)
@@ -180,6 +187,8 @@ class LanePlanner:
                 run = self._runs.first_resting()  # whoever ranks before it cannot begin after all
                 if run is None:
                     return None
+        if run is not None and can_wait and self._is_too_long(run, arrangement.segment_s):
+            return None
         if run is not None:
             return NextWork(WHOLE_CHIP, run=run, last=self._part_end(run.shape, run.cursor, run.bounds, arrangement))
         shape = StepShape(0, 0, 0)
@@ -214,6 +223,13 @@ class LanePlanner:
             num_groups = num_layer_groups(shape.num_tokens, len(config.layer_starts), None, decodes)
             return _next_bound(group_bounds(config.layer_starts, config.num_nodes, num_groups), cursor)
         return model.last_node_within(shape, cursor, limit_s)
+
+    def _is_too_long(self, run: PrefillRun, limit_s: float) -> bool:
+        """Its next operator, for decodes that wait meanwhile: on two cores one of 2,048 tokens takes 20 ms."""
+        model = self._outlook.cost_model
+        if model is None or not limit_s or len(run.bounds) > 1 or not self._outlook.has_decode():
+            return False
+        return model.range_s(run.shape, run.cursor, run.cursor + 1) > limit_s
 
     def _resting_run_to_go_on(self, lane: int) -> PrefillRun | None:
         """The resting run whose turn it is; None: a new one comes before it, or there is none."""

@@ -24,6 +24,7 @@ from scheduler.arrangement import DECODE_LANE, Arrangement
 from scheduler.config import SchedulerConfig
 from scheduler.controllers.candidates import (
     BLOCKING_SHARE,
+    COARSE,
     KINDS,
     MARGIN,
     Candidate,
@@ -39,7 +40,6 @@ from scheduler.request import Request
 from scheduler.splitfuse import TILE_TOKENS, most_tiles
 
 HYSTERESIS = 0.05
-SPARE = 0.1  # of the best rate, at most, is given away for shorter times per token
 _NUM_TTFT_TARGETS = 64
 _LOOK_AHEAD = 8  # prompts that stand for those to come
 
@@ -49,13 +49,12 @@ class Arbitration:
 
     def __init__(
         self, config: SchedulerConfig, cost_model: CostModel | None, *, kinds: tuple[str, ...] = KINDS,
-        hysteresis: float = HYSTERESIS, spare: float = SPARE, uses_slack: bool = True,
+        hysteresis: float = HYSTERESIS, uses_slack: bool = True,
     ) -> None:  # fmt: skip
         self._config = config
         self._model = cost_model
         self._candidates = Candidates(config, cost_model, kinds, uses_slack) if cost_model is not None else None
         self._hysteresis = hysteresis
-        self._spare = spare
         self._uses_slack = uses_slack
         self._ttft_targets: deque[float] = deque(maxlen=_NUM_TTFT_TARGETS)
         self._lengths = AnswerLengths()
@@ -107,20 +106,14 @@ class Arbitration:
 
     def _choose(self, prediction: Prediction) -> Candidate:
         candidates = prediction.candidates
-        least_rate = (1.0 - self._spare) * max(candidate.prompt_tokens_per_s for candidate in candidates)
-        among = [candidate for candidate in candidates if candidate.prompt_tokens_per_s >= least_rate]
-        best = min(among, key=lambda candidate: (candidate.tpot_s, -candidate.prompt_tokens_per_s))
+        best = max(candidates, key=lambda candidate: candidate.prompt_tokens_per_s)
         present = self._present
         if present is not None:
             same = next((each for each in candidates if each[:3] == present[:3]), None)
-            if same is not None and self._is_as_good(same, best, least_rate):
+            if same is not None and best.prompt_tokens_per_s <= same.prompt_tokens_per_s * (1.0 + self._hysteresis):
                 best = same
         self._present = best
         return best
-
-    def _is_as_good(self, same: Candidate, best: Candidate, least_rate: float) -> bool:
-        near = 1.0 + self._hysteresis
-        return same.prompt_tokens_per_s * near >= least_rate and same.tpot_s <= best.tpot_s * near
 
     def _sizes(self, outlook: Outlook, decodes: Decodes) -> Sizes:
         shape = decodes.shape
@@ -134,9 +127,9 @@ class Arbitration:
             num_tokens, num_prompts, starts = num_tokens + num_pending, num_prompts + 1, starts + request.next_start
         tpot_s, num_prompts = decodes.tightest_tpot_s, max(num_prompts, 1)
         return Sizes(
-            rounded(shape.num_tokens), rounded(shape.decode_kv_tokens / shape.num_tokens), num_prompts,
-            rounded(max(min(num_tokens, most) / num_prompts, 1)), rounded(starts / num_prompts),
-            round(tpot_s * 1e6) if tpot_s else 0, rounded(self._lengths.least),
+            rounded(shape.num_tokens), rounded(shape.decode_kv_tokens / shape.num_tokens, COARSE), num_prompts,
+            rounded(max(min(num_tokens, most) / num_prompts, 1)), rounded(starts / num_prompts, COARSE),
+            round(tpot_s * 1e6) if tpot_s else 0, rounded(self._lengths.least, COARSE),
             round(1e3 * min(self._ttft_targets, default=0.0)),
         )  # fmt: skip
 
@@ -145,11 +138,12 @@ class Arbitration:
             return None
         if not self._uses_slack:
             return MARGIN * decodes.tightest_tpot_s
-        who = (request for request in outlook.running if request.run is None)
         # A step that was planned ahead is still running: the next one begins behind it, but never more than one step.
         self._busy_until_s = min(self._busy_until_s, outlook.now + self._latest_step_s)
         begin_s = max(outlook.now, self._busy_until_s)
-        return allowed_step_s(who, begin_s, decode_s, self._lengths, MARGIN)
+        if outlook.runs:
+            begin_s = max(begin_s, outlook.now + decode_s)  # in turns: a step of decodes comes first
+        return allowed_step_s(outlook.running, begin_s, decode_s, self._lengths, MARGIN)
 
     def _budget(self, outlook: Outlook, decodes: Decodes, allowed_s: float | None, blocking_s: float | None) -> int:
         """Tokens of the next step: a chunk as large as the credit allows, none where that is not worth a step, and smaller
@@ -160,22 +154,25 @@ class Arbitration:
             return most
         start, window, guard = prefill.next_start, model.window, max(1.0, model.guard_ratio)
 
-        def tokens_within(limit_s: float | None) -> int:
-            room = max(0, most - shape.num_tokens) // TILE_TOKENS
-            if limit_s is None:
-                return room * TILE_TOKENS
-            return TILE_TOKENS * most_tiles(
-                lambda tiles: model.step_s(shape.plus_chunk(start, tiles * TILE_TOKENS, window)) * guard, room, limit_s
-            )
+        known: dict[int, float] = {}  # predictions are what a decision's time goes into
 
-        num_tokens, least = tokens_within(allowed_s), self._candidates.least_tokens
+        def step_s(num_tokens: int) -> float:
+            seconds = known.get(num_tokens)
+            if seconds is None:
+                seconds = known[num_tokens] = model.step_s(shape.plus_chunk(start, num_tokens, window)) * guard
+            return seconds
+
+        room = max(0, most - shape.num_tokens) // TILE_TOKENS
+        limit_s = min(limit for limit in (allowed_s, blocking_s) if limit is not None)
+        num_tokens = TILE_TOKENS * most_tiles(lambda tiles: step_s(tiles * TILE_TOKENS), room, limit_s)
+        least = min(self._candidates.least_tokens, room * TILE_TOKENS)
         if num_tokens < min(least, prefill.num_expected_tokens - start) and self._uses_slack:
-            num_tokens = 0  # credit grows until a chunk is worth it
-        elif blocking_s is not None and num_tokens > least:
-            num_tokens = min(num_tokens, max(tokens_within(blocking_s), least))
+            # Where credit allows it, what is worth a step goes though it keeps arrivals waiting; else credit grows.
+            is_paid = limit_s != allowed_s and (allowed_s is None or step_s(least) <= allowed_s)
+            num_tokens = least if is_paid else 0
         if num_tokens:
             shape = shape.plus_chunk(start, num_tokens, window)
         begin_s = max(outlook.now, self._busy_until_s)
-        self._latest_step_s = model.step_s(shape)
+        self._latest_step_s = known[num_tokens] / guard if num_tokens in known else model.step_s(shape)
         self._busy_until_s = begin_s + self._latest_step_s
         return shape.num_tokens

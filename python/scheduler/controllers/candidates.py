@@ -6,7 +6,7 @@
     split     two lanes, decodes on D of the chip beside runs on P, contention for memory included, at every rung
     overlap   two lanes without a border
 
-Predictions are made for rounded sizes and kept, since making one takes a millisecond's good part.
+Predictions are made for rounded sizes and kept, since making one takes a good part of a millisecond.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ MARGIN = 0.95
 # A mixed step cannot be paused, and the one planned behind it neither: an arrival waits for both. Of the tightest TTFT
 # target that was lately met with, a step takes at most this part.
 BLOCKING_SHARE = 0.15
-_STEPS_PER_OCTAVE = 4  # of the sizes for which candidates are predicted: neighbours differ by less than a fifth
+# Sizes an octave for which candidates are predicted: neighbours differ by less than a fifth, or by two fifths where it
+# matters less.
+FINE, COARSE = 4, 2
 _MOST_KNOWN = 4096
 _REFRESH_EVERY = 2048  # predictions after which all are made anew: the cost model learns
 
@@ -38,7 +40,6 @@ class Candidate(NamedTuple):
     prefill_share: float  # 0: one lane
     decode_share: float
     prompt_tokens_per_s: float  # sustained, while the decodes keep their target
-    tpot_s: float  # of the decodes meanwhile
 
     @property
     def name(self) -> str:
@@ -116,10 +117,10 @@ class Candidates:
         if "turns" in self._kinds or not found:
             if target_s is None:
                 rate = sizes.run_tokens / (run_s + num_groups * decode_s)
-                found.append(Candidate("turns", 0.0, 1.0, rate, decode_s + part_s))
+                found.append(Candidate("turns", 0.0, 1.0, rate))
             else:  # prompts have what decode steps leave of every target
                 free = max(0.0, 1.0 - decode_s / target_s)
-                found.append(Candidate("turns", 0.0, 1.0, free * sizes.run_tokens / run_s, max(target_s, decode_s)))
+                found.append(Candidate("turns", 0.0, 1.0, free * sizes.run_tokens / run_s))
         for prefill_share, decode_share in self._splits:
             found.append(self._split(sizes, decode, run, prefill_share, decode_share, target_s, guard))
         return Prediction(tuple(found), part_s)
@@ -132,15 +133,19 @@ class Candidates:
 
         # Chunks of a prompt see what came before them: half of it on average.
         first, whole_prompt = sizes.prompt_start, sizes.prompt_tokens
+        known: dict[int, float] = {}
 
         def step_s(num_tokens: int) -> float:
+            if num_tokens in known:
+                return known[num_tokens]
             shape = decode
             for _ in range(num_tokens // whole_prompt):
                 shape = shape.plus_chunk(first, whole_prompt, window)
             part = num_tokens % whole_prompt
             if part:
                 shape = shape.plus_chunk(first + (whole_prompt - part) // 2, part, window)
-            return model.step_s(shape) * guard
+            seconds = known[num_tokens] = model.step_s(shape) * guard
+            return seconds
 
         blocking_s = BLOCKING_SHARE * sizes.ttft_ms / 1e3 if sizes.ttft_ms else None
         if target_s is None:
@@ -149,8 +154,8 @@ class Candidates:
                 num_tiles = most_tiles(lambda tiles: step_s(tiles * TILE_TOKENS), -(-whole // TILE_TOKENS), blocking_s)
                 whole = min(whole, num_tiles * TILE_TOKENS)
             if not whole:  # even a tile keeps arrivals waiting: in turns they need not wait
-                return Candidate("mix", 0.0, 1.0, 0.0, decode_s)
-            return self._cut(Candidate("mix", 0.0, 1.0, whole / step_s(whole), step_s(whole)), decode, first, whole)
+                return Candidate("mix", 0.0, 1.0, 0.0)
+            return self._cut(Candidate("mix", 0.0, 1.0, whole / step_s(whole)), decode, first, whole)
         burst_rate = burst_tokens = 0.0
         if self._uses_slack:
             # Bursts: a large chunk now and then, as large as the credit that the shortest answers gather pays for, and
@@ -168,7 +173,7 @@ class Candidates:
         num_tiles = most_tiles(lambda tiles: step_s(tiles * TILE_TOKENS), most // TILE_TOKENS, target_s)
         num_tokens = num_tiles * TILE_TOKENS
         steady_rate = num_tokens / step_s(num_tokens) if num_tokens else 0.0
-        mixed = Candidate("mix", 0.0, 1.0, max(steady_rate, burst_rate), max(target_s, decode_s))
+        mixed = Candidate("mix", 0.0, 1.0, max(steady_rate, burst_rate))
         return self._cut(mixed, decode, first, num_tokens if steady_rate >= burst_rate else burst_tokens)
 
     def _cut(self, mixed: Candidate, decode: StepShape, start: int, num_tokens: int) -> Candidate:
@@ -195,10 +200,8 @@ class Candidates:
             decode_s, run_s = decode_cost.duration_s(run_demand) * guard, run_cost.duration_s(decode_demand)
         rate = sizes.run_tokens / run_s
         if target_s is not None and decode_s > target_s:
-            # Only part of the time, the rest of which the whole chip decodes.
-            alone_s = model.step_s(decode) * guard
-            rate *= max(0.0, target_s - alone_s) / max(decode_s - alone_s, 1e-9) if alone_s < decode_s else 0.0
-        return Candidate("overlap" if is_overlap else "split", prefill_share, decode_share, rate, decode_s)
+            rate = 0.0
+        return Candidate("overlap" if is_overlap else "split", prefill_share, decode_share, rate)
 
     def _cost(self, shape: StepShape, share: float) -> StepCost:
         """Kept: sizes come in new combinations far more often than anew."""
@@ -208,8 +211,8 @@ class Candidates:
         return cost
 
 
-def rounded(value: float) -> int:
-    """To the nearest of a few sizes an octave; 0 stays 0."""
+def rounded(value: float, steps_per_octave: int = FINE) -> int:
+    """To the nearest of so many sizes an octave; 0 stays 0."""
     if value < 1:
         return 0
-    return round(2.0 ** (round(log2(value) * _STEPS_PER_OCTAVE) / _STEPS_PER_OCTAVE))
+    return round(2.0 ** (round(log2(value) * steps_per_octave) / steps_per_octave))
