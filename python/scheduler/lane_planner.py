@@ -240,11 +240,7 @@ class LanePlanner:
         return run if lead is not None and lead.rank < run.lead.rank and self._can_begin(lead) else None
 
     def _can_begin(self, lead) -> bool:
-        return lead.row is not None or (
-            self._can_admit
-            and len(self._outlook.running) < self._config.max_num_seqs
-            and self._composer.has_pages_for(lead)
-        )
+        return (lead.row is not None or self._can_admit) and self._composer.could_begin(lead)
 
 
 def _next_bound(bounds: tuple[int, ...], cursor: int) -> int:
