@@ -285,11 +285,7 @@ class LanePlanner:
         return 2 * (lead.num_expected_tokens - lead.next_start) * num_nodes <= least
 
     def _can_begin(self, lead: Request) -> bool:
-        return lead.row is not None or (
-            self._can_admit
-            and len(self._outlook.running) < self._config.max_num_seqs
-            and self._composer.has_pages_for(lead)
-        )
+        return (lead.row is not None or self._can_admit) and self._composer.could_begin(lead)
 
 
 def _next_bound(bounds: tuple[int, ...], cursor: int) -> int:

@@ -97,7 +97,7 @@ class Scheduler:
         self._outlook = Outlook(config, cost_model, self._running, self._waiting, self._runs, self._pages)
         self._peak = self._policy.peak(config) if self._policy.peak is not None else None
         self._composer = Composer(
-            config, self._policy, self._running, self._waiting, self._pages, self._preempt, lambda: bool(self._draining),
+            config, self._policy, self._running, self._waiting, self._pages, self._preempt, lambda: len(self._draining),
             self._outlook, self._peak,
         )  # fmt: skip
         self._controller = controller_for(config, self._policy, cost_model)
