@@ -6,11 +6,13 @@
     split     two lanes, decodes on D of the chip beside runs on P, contention for memory included, at every rung
     overlap   two lanes without a border
 
-Predictions are made for rounded sizes and kept, since making one takes a good part of a millisecond.
+Predictions are made for rounded sizes and kept. Making one takes a good part of the millisecond that a decision may take, so
+it is made in pieces, one a decision, while decisions go on with the latest that is whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from math import log2
 from typing import NamedTuple
 
@@ -81,6 +83,8 @@ class Candidates:
         self._known: dict[Sizes, Prediction] = {}
         self._costs: dict[tuple[StepShape, float], StepCost] = {}  # of lanes
         self._num_asked = 0
+        self._latest: Prediction | None = None
+        self._making: tuple[Sizes, Generator[None, None, Prediction]] | None = None
         has_lanes = config.lanes == "auto"
         self._splits = [(rung, 1.0 - rung) for rung in config.rungs] if has_lanes and "split" in kinds else []
         if has_lanes and "overlap" in kinds:
@@ -89,16 +93,32 @@ class Candidates:
         self.nano: NanoPlanner | None = None  # None: no step is cut
 
     def predict(self, sizes: Sizes) -> Prediction:
+        """For these sizes, or while these are new for those of a few decisions ago. It depends on what was asked before and
+        on no clock, so equal runs decide equally."""
         self._num_asked += 1
         if self._num_asked % _REFRESH_EVERY == 0 or len(self._known) >= _MOST_KNOWN:
             self._known.clear()
             self._costs.clear()
         known = self._known.get(sizes)
         if known is None:
-            known = self._known[sizes] = self._predict(sizes)
+            if self._making is None:
+                self._making = sizes, self._pieces(sizes)
+            self._make_a_piece()
+            while self._latest is None:
+                self._make_a_piece()
+            return self._known.get(sizes, self._latest)
+        self._latest = known
         return known
 
-    def _predict(self, sizes: Sizes) -> Prediction:
+    def _make_a_piece(self) -> None:
+        sizes, pieces = self._making
+        try:
+            next(pieces)
+        except StopIteration as end:
+            self._latest = self._known[sizes] = end.value
+            self._making = None
+
+    def _pieces(self, sizes: Sizes) -> Generator[None, None, Prediction]:
         model, window = self._model, self._model.window
         num, context = sizes.num_decodes, sizes.context
         seen = min(context, window) if window else context
@@ -113,7 +133,8 @@ class Candidates:
         part_s = run_s / num_groups
         found = []
         if "mix" in self._kinds:
-            found.append(self._mix(sizes, decode, decode_s, target_s, guard))
+            yield
+            found.append((yield from self._mix(sizes, decode, decode_s, target_s, guard)))
         if "turns" in self._kinds or not found:
             if target_s is None:
                 rate = sizes.run_tokens / (run_s + num_groups * decode_s)
@@ -122,6 +143,7 @@ class Candidates:
                 free = max(0.0, 1.0 - decode_s / target_s)
                 found.append(Candidate("turns", 0.0, 1.0, free * sizes.run_tokens / run_s))
         for prefill_share, decode_share in self._splits:
+            yield
             found.append(self._split(sizes, decode, run, prefill_share, decode_share, target_s, guard))
         return Prediction(tuple(found), part_s)
 
@@ -170,6 +192,7 @@ class Candidates:
                 bursts = min(1.0, max(0.0, target_s - decode_s) / max(burst_s - decode_s, 1e-9))  # a token
                 burst_rate = bursts * num_tokens / (bursts * burst_s + (1.0 - bursts) * decode_s)
                 burst_tokens = num_tokens
+            yield
         num_tiles = most_tiles(lambda tiles: step_s(tiles * TILE_TOKENS), most // TILE_TOKENS, target_s)
         num_tokens = num_tiles * TILE_TOKENS
         steady_rate = num_tokens / step_s(num_tokens) if num_tokens else 0.0
