@@ -50,10 +50,10 @@ class MeanDecodeLength:
 def predicted_peak_tokens(held: Iterable[HeldTokens]) -> int:
     """The most KV tokens that these requests hold at the same time from now on. Use is highest when one is about to end;
     after that many steps all who end later still hold what they have by then."""
-    peak = sum_alive = num_alive = 0
-    for num_tokens, num_remaining in sorted(held, key=itemgetter(1), reverse=True):
+    peak = sum_alive = 0
+    latest_first = sorted(held, key=itemgetter(1), reverse=True)
+    for num_alive, (num_tokens, num_remaining) in enumerate(latest_first, 1):
         sum_alive += num_tokens
-        num_alive += 1
         # Those that end at the same step are all alive then: the last of them gives the largest sum.
         sum_then = sum_alive + num_alive * num_remaining
         if sum_then > peak:
