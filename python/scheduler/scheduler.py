@@ -73,7 +73,7 @@ class SchedulerStats(NamedTuple):
     num_prefix_query_tokens: int  # prompt tokens of admitted requests
     num_prefix_hit_tokens: int  # of those, found in the prefix cache
     goodput: GoodputStats = GoodputStats()  # service levels kept and missed
-    num_pauses: int = 0  # prefills that stopped for one that ranks before them
+    num_pauses: int = 0  # prefills that stopped for one that ranks before them, or for more of the chip
     num_moves: int = 0  # of the border between prefill and decode
     arrangements: Mapping[str, int] = MappingProxyType({})  # what the controller decided -> times
 
