@@ -52,7 +52,7 @@ def test_goes_on_behind_a_lost_device_a_hang_and_a_crash(tmp_path):
     assert ended == {"test_loses_the_device", "test_waits_for_ever", "test_crashes"}
     assert [entry["file"].split("/")[-1] for entry in report["collection_errors"]] == ["test_unreadable.py"]
     assert "illegal memory access" in text and "no_such_module_anywhere" in text
-    assert "test_waits_for_ever" in (tmp_path / "out/all.log").read_text()  # with its stack
+    assert "test_waits_for_ever" in (tmp_path / "out/all_pytest.log").read_text()  # with its stack
 
 
 def test_is_well_only_when_something_passed_and_nothing_failed(tmp_path):

@@ -3,8 +3,8 @@
     python tools/gpu_tests.py --out FOLDER --name kernels [--shards 8] [--seconds 150] [--test-seconds 60] -- tests/kernels
 
 What follows `--` goes to pytest. tests/kit/resumable.py is the half inside of pytest. Leaves <name>.json (counts, every
-failure with its traceback, what did not run) and <name>.log (pytest's own output, the stacks of tests that took too long).
-Exits with 0 when every test was run and none failed.
+failure with its traceback, what ended a process) and <name>_pytest.log (pytest's own output, the stacks of tests that
+took too long). Exits with 0 when every test was run and none failed.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def main() -> int:
         for shard in shards:
             shard.stop()
     outcome, seconds = outcome_of(shards), time.monotonic() - begin
-    with (options.out / f"{options.name}.log").open("w") as log:
+    with (options.out / f"{options.name}_pytest.log").open("w") as log:
         for shard in shards:
             for path in (shard.log, shard.record.with_suffix(".stacks")):
                 text = path.read_text(errors="replace").splitlines() if path.exists() else []
