@@ -176,18 +176,6 @@ def test_the_hosts_part_of_a_step_counts_everywhere_but_in_its_nodes():
     assert all(correction == pytest.approx(1.0) for correction in host.corrections.values())
 
 
-def test_a_class_is_corrected_alone():
-    model = CostModel(SPEC, machine())
-    before = model.step_cost(DECODES)
-    for _ in range(200):
-        model.observe_class("attention_decode", 1.0, 2.0)
-    after = {s.node_class: s.duration_s for s in model.step_cost(DECODES).segments}
-    for segment in before.segments:
-        if segment.node_class == "attention_decode":
-            assert after["attention_decode"] > 1.9 * segment.duration_s
-    assert model.corrections.keys() == {"attention_decode"}
-
-
 def test_a_machine_file_says_the_same_after_a_round_trip(tmp_path):
     original = machine(saturation=Saturation(0.6, 1.0, 0.5), rungs=(0.5, 1.0), held_out_error=0.04, model="small")
     original = replace(original, host_s_per_step=1e-4, host_s_per_request=1e-5, overlap_gain=0.1, launch_ahead_nodes=8)
