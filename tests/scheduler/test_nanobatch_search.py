@@ -6,10 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.nanobatch_contention import BandwidthContention, Operator
+from scheduler.cost_model import CostModel
+from scheduler.machine import ClassRates, Machine
+from scheduler.model_spec import ModelSpec
+from scheduler.nanobatch_contention import BandwidthContention, Load, MeasuredContention, Operator
 from scheduler.nanobatch_orders import RULES, best_order, list_order, lock_step
 from scheduler.nanobatch_search import cuts, makespan_s, search
+from scheduler.nanobatch_tables import NanoCosts, StepTable, TypicalStep
 from scheduler.nanobatch_timeline import NanoWork, finish, ranges_makespan_s, ranges_of
+from tests.kit.lane_speeds import lane_speeds
 from tests.scheduler.made_up_table import MadeUpTable
 
 # NanoFlow's pairs for GEMM and GEMV, from the reference (systems.md 2.3): share -> part of the solo speed.
@@ -65,6 +70,44 @@ def brute_force(table: MadeUpTable, num_nano: int) -> float:
                 if seconds is not None and (best is None or seconds < best):
                     best = seconds
     return best
+
+
+@pytest.mark.parametrize("beside", [(0.55, 0.75), (0.35, 0.45)])
+def test_the_search_over_a_machines_measured_table_equals_brute_force(beside):
+    """The planner's own table: one layer, two cuts of the machine, pairs with speeds of their own, all orders."""
+    spec = ModelSpec("one layer", 4096, 1, 32, 8, 128, 14336, 32000, device="gpu", inner_bytes=2)
+    machine = Machine(
+        "measured", "made up", 2.5e12, {"default": ClassRates(((1, 1e13), (128, 5e14)), 2.5e12, 2e-6)},
+        rungs=(0.25, 0.75, 1.0),
+        lane_speeds=(
+            lane_speeds((0.25, 0.75), (0.3, 0.95), (0.28, 0.9), linear__attention_decode=(0.25, 0.7)),
+            lane_speeds((0.75, 0.25), (0.8, 0.6), beside, attention_chunk__linear=(0.3, 0.3)),
+        ),
+    )  # fmt: skip
+    table = StepTable(NanoCosts(CostModel(spec, machine)), TypicalStep(96, 2048, 160, 0), max_layers=1)
+    found = finish(search(table, 2))
+    best = None
+    for shares in table.share_pairs:
+        for counts in cuts(table.num_tokens, 2):
+            work = table.work(counts, shares)
+            assert work.contention is not None
+            for order in every_order(len(work.is_attention), 2):
+                if order_seconds(work, order) is not None:
+                    seconds = makespan_s(work, order)
+                    best = seconds if best is None else min(best, seconds)
+    assert found.makespan_s == pytest.approx(best)
+    assert makespan_s(table.work(found.token_counts, found.shares), found.order) == pytest.approx(best)
+
+
+def test_measured_pairs_stretch_each_part_by_what_it_is_beside():
+    speeds = lane_speeds((0.5, 0.5), (0.8, 0.8), (0.8, 0.8), linear__attention_decode=(0.4, 0.2))
+    contention = MeasuredContention(speeds)
+    linear, attention = Load(1.0, 1.0, 0.0, 0.0, 0.0), Load(1.0, 1.0, 1.0, 0.0, 1.0)
+    half = Load(1.0, 1.0, 0.5, 0.0, 0.5)
+    assert contention.stretches(linear, attention) == pytest.approx((2.0, 4.0))
+    assert contention.stretches(linear, linear) == contention.stretches(attention, attention) == (1.0, 1.0)
+    assert contention.stretches(linear, half) == pytest.approx((1.5, 2.5))
+    assert MeasuredContention(speeds, 0.5).stretches(linear, attention) == pytest.approx((1.5, 2.5))
 
 
 # Whole milliseconds, so that sums are exact enough to be compared; 0: a node that has nothing to do
