@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from scheduler import Request, RequestStatus, SchedulerConfig
+from scheduler.composed_pages import ComposedPages
 from scheduler.composer import Composer
 from scheduler.lane_planner import LanePlanner
 from scheduler.prefill_run import RunTable
@@ -287,7 +288,7 @@ def _compose_by_rank_while_all_have_pages(self, prefills, composition, *rest):
 
 
 run_to_pause, compose_by_rank = LanePlanner.run_to_pause, Composer._compose_by_rank
-publish, make_room, pending_prefills = RequestPages.publish, Composer._make_room, Composer._pending_prefills
+publish, make_room, pending_prefills = RequestPages.publish, ComposedPages._make_room, Composer._pending_prefills
 land_part, drop, end_run = RunLives.land_part, RunLives.drop, RunLives._end
 
 ABLATIONS = {
@@ -309,9 +310,9 @@ ABLATIONS = {
     ),
     "only final pages are published": mock.patch.object(RequestPages, "publish", _publish_in_flight_pages),
     "windows are kept whole": mock.patch.object(RequestPages, "release_outside_windows", _release_window_a_page_early),
-    "preemption makes room": mock.patch.object(Composer, "_make_room", return_value=False),
+    "preemption makes room": mock.patch.object(ComposedPages, "_make_room", return_value=False),
     "a lone request gives up its twins": mock.patch.object(
-        Composer,
+        ComposedPages,
         "_make_room",
         lambda self, request, *rest: bool(self._running.ranked_below(request)) and make_room(self, request, *rest),
     ),
