@@ -27,6 +27,7 @@ from scheduler.request import Request
 from scheduler.step_shape import StepShape
 
 WHOLE_CHIP = 1.0
+MOST_TURNS_WAITED = 16
 
 
 class NextWork(NamedTuple):
@@ -83,6 +84,7 @@ class LanePlanner:
         self._outlook = outlook
         self._runs = runs
         self._has_parts = config.num_nodes > 0 and len(config.layer_starts) > 0
+        self._num_turns_waited = 0  # in which decodes went on alone though a run rested
         self._part_was_last = False  # lane 0 takes turns between decodes and parts
         # Who runs comes before who waits: nobody is admitted while a decode lacks a page, or the page that a prompt was
         # preempted for would go to it again, for ever.
@@ -187,8 +189,9 @@ class LanePlanner:
                 run = self._runs.first_resting()  # whoever ranks before it cannot begin after all
                 if run is None:
                     return None
-        if run is not None and can_wait and self._is_too_long(run, arrangement.segment_s):
+        if run is not None and can_wait and self._has_to_wait(run, arrangement.segment_s):
             return None
+        self._num_turns_waited = 0
         if run is not None:
             return NextWork(WHOLE_CHIP, run=run, last=self._part_end(run.shape, run.cursor, run.bounds, arrangement))
         shape = StepShape(0, 0, 0)
@@ -224,12 +227,19 @@ class LanePlanner:
             return _next_bound(group_bounds(config.layer_starts, config.num_nodes, num_groups), cursor)
         return model.last_node_within(shape, cursor, limit_s)
 
-    def _is_too_long(self, run: PrefillRun, limit_s: float) -> bool:
-        """Its next operator, for decodes that wait meanwhile: on two cores one of 2,048 tokens takes 20 ms."""
+    def _has_to_wait(self, run: PrefillRun, limit_s: float) -> bool:
+        """Its next operator takes longer than decodes can wait (on two cores one of 2,048 tokens takes 20 ms): they gather
+        credit first, for some turns. Without an end to that, who hardly keeps a target would keep prompts out for ever."""
         model = self._outlook.cost_model
         if model is None or not limit_s or len(run.bounds) > 1 or not self._outlook.has_decode():
             return False
-        return model.range_s(run.shape, run.cursor, run.cursor + 1) > limit_s
+        if (
+            self._num_turns_waited >= MOST_TURNS_WAITED
+            or model.range_s(run.shape, run.cursor, run.cursor + 1) <= limit_s
+        ):
+            return False
+        self._num_turns_waited += 1
+        return True
 
     def _resting_run_to_go_on(self, lane: int) -> PrefillRun | None:
         """The resting run whose turn it is; None: a new one comes before it, or there is none."""
