@@ -96,7 +96,7 @@ def calibrate(loaded, spec, args, *, num_runs: int = 9, seconds: float = 45.0, l
     fitted = [kind for kind in fit_grid(max_tokens) if bench.fits(kind)]
     held_out = [kind for kind in held_out_grid(max_tokens) if bench.fits(kind)]
     bench.measure(StepKind(4, 64), 3)  # pages of memory and clocks warm up
-    measured = bench.measure_all(fitted + held_out, num_runs, started_s + 0.8 * seconds)
+    measured = bench.measure_all(fitted + held_out, num_runs, started_s + (0.8 - LANES_PART) * seconds)
     steps, judged = measured[: len(fitted)], measured[len(fitted) :]
     classes = fit_classes(steps, spec)
     between_nodes_s = statistics.median(step.step_s - sum(step.node_s) for step in steps)
