@@ -103,9 +103,7 @@ class Scheduler:
         self._controller = controller_for(config, self._policy, cost_model)
         self._planner: LanePlanner | None = None  # None: plans are the composer's, whole and of one lane's kind
         if self._controller is not None:
-            self._planner = LanePlanner(
-                config, self._policy, self._controller, self._composer, self._outlook, self._runs
-            )
+            self._planner = LanePlanner(config, self._controller, self._composer, self._outlook, self._runs)
         self._order = self._policy.order(config, cost_model) if self._policy.order is not None else None
         self._run_lives = RunLives(
             config.num_nodes, self._runs, self._pages, self._order, preempt=self._preempt, drained=self._drained
