@@ -74,11 +74,10 @@ def _at_rung(shares: tuple[float, float], rungs: Sequence[float]) -> tuple[float
 
 class LanePlanner:
     def __init__(
-        self, config: SchedulerConfig, policy: Policy, controller: Controller, composer: Composer, outlook: Outlook,
+        self, config: SchedulerConfig, controller: Controller, composer: Composer, outlook: Outlook,
         runs: RunTable,
     ) -> None:  # fmt: skip
         self._config = config
-        self._policy = policy
         self._controller = controller
         self._composer = composer
         self._outlook = outlook
@@ -95,10 +94,13 @@ class LanePlanner:
         self.counts: dict[str, int] = {}  # arrangement -> times it was decided on
 
     def arrange(self) -> Arrangement:
-        """Asks the controller. A granularity that was asked for stands; without a program's nodes only tokens are cut."""
+        """Asks the controller. A granularity or a number of nano-batches that was asked for stands; without a program's
+        nodes only tokens are cut."""
         decided = self._controller.arrange(self._outlook)
-        if self._config.prefill and self._config.prefill != self._policy.prefill:
+        if self._config.prefill and self._config.prefill != decided.granularity:
             decided = replace(decided, granularity=self._config.prefill)
+        if self._config.nano_batches in ("2", "3", "4") and not decided.is_spatial:
+            decided = replace(decided, num_nano_batches=int(self._config.nano_batches))
         if not self._has_parts and decided.granularity != "token":
             decided = replace(decided, granularity="token")
         self.arrangement = decided

@@ -55,6 +55,9 @@ class Arbitration:
     ) -> None:  # fmt: skip
         self._config = config
         self._model = cost_model
+        # A granularity that was asked for leaves those that cut prompts so; splits go with any.
+        beside = {"": (), "token": ("turns",)}.get(config.prefill, ("mix", "nano"))
+        kinds = tuple(kind for kind in kinds if kind not in beside)
         self._candidates = Candidates(config, cost_model, kinds, uses_slack) if cost_model is not None else None
         self._hysteresis = hysteresis
         self._uses_slack = uses_slack
