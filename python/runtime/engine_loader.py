@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import sys
@@ -13,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from runtime import garbage
 from scheduler.nanobatch import MAX_NANO_BATCHES
 
 logger = logging.getLogger("partita.engine")
@@ -263,7 +263,7 @@ def load_engine(args, on_deltas: Callable):
 
         trace = StepTrace(loaded.program.node_names, args.trace_steps)
     engine = start_engine(loaded, args, on_deltas, trace)
-    gc.freeze()  # what was loaded stays: later collections need not walk it, and the step loop does not wait for them
+    garbage.settle()
     return engine, built["tokenizer"], built["template"], loaded.config
 
 

@@ -22,41 +22,63 @@ if TYPE_CHECKING:
 
 
 class ComposedPages:
-    """`preempt(request)` and `is_draining()` are the scheduler's."""
+    """`preempt(request)` and `num_draining()` are the scheduler's; who drains holds a row and pages until what is in flight
+    of it is over."""
 
     def __init__(
         self, config: SchedulerConfig, policy: Policy, running: RunningList, pages: RequestPages,
-        preempt: Callable[[Request], None], is_draining: Callable[[], bool], peak: PeakAdmission | None,
+        preempt: Callable[[Request], None], num_draining: Callable[[], int], peak: PeakAdmission | None,
     ) -> None:  # fmt: skip
         self._config = config
         self._policy = policy
         self._running = running
         self._pages = pages
         self._preempt = preempt
-        self._is_draining = is_draining
+        self._num_draining = num_draining
         self._peak = peak
 
-    def has_pages_for(self, request: Request) -> bool:
-        """Whether what is pending of a waiting request would find its pages, as far as no cache helps."""
-        num_tokens = min(request.num_known_tokens, self._config.max_num_batched_tokens)
-        num_needed = self._pages.pages_to_reach(num_tokens) * self._pages.num_kv_groups
-        return self._policy.admits(num_needed, self._pages.num_available_pages, False, self._config)
+    def could_begin(self, request: Request, step: Composition) -> bool:
+        """Whether the request would get tokens in this step, which is empty, as the first of all."""
+        pages = self._pages
+        if request.row is None:
+            num_rows_held = len(self._running) + self._num_draining()
+            return num_rows_held < self._config.max_num_seqs and self._fit(request, step, False) is not None
+        return (
+            request.next_start < request.page_capacity
+            or pages.num_available_pages >= pages.num_kv_groups
+            or (not self._num_draining() and self._policy.victim(self._running.ranked_below(request)) is not None)
+        )
 
     def num_available(self, composition: Composition) -> int:
         return self._pages.num_available_pages - composition.num_reserved_pages
 
     def admit(self, request: Request, composition: Composition, is_idle: bool) -> bool:
         """Adds a waiting request with its first chunk, if its pages are there; False: it waits on."""
+        is_alone = is_idle and len(self._running) == 0 and not composition.shares
+        fit = self._fit(request, composition, is_alone)
+        if fit is None:
+            return False
+        match, num_tokens, num_needed = fit
+        composition.num_reserved_pages += num_needed
+        composition.admissions.append((request, match))
+        composition.shares.append((request, num_tokens))
+        composition.budget -= num_tokens
+        return True
+
+    def _fit(
+        self, request: Request, composition: Composition, is_alone: bool
+    ) -> tuple[PrefixMatch | None, int, int] | None:
+        """(what the cache has of it, tokens of its first chunk, pages that must be available) of a waiting request; None: it
+        may not start now."""
         config, pages, admits = self._config, self._pages, self._policy.admits
         num_available = self.num_available(composition)
-        is_alone = is_idle and len(self._running) == 0 and not composition.shares
         # A head that did not fit is not matched anew each step; only more pages, or being alone, can change the answer.
         if not is_alone and num_available < request.admission_threshold:
-            return False
+            return None
         if self._peak is not None and not is_alone:
             admitted = [other for other, _ in composition.admissions]
             if not self._peak.admits(request, [*self._running, *admitted]):
-                return False
+                return None
         match = pages.match(request)
         start, num_tokens, num_needed = self._admission(request, match, composition.budget)
         if (
@@ -70,16 +92,12 @@ class ComposedPages:
         if not admits(num_needed, num_available, is_alone, config):
             if not is_alone:
                 request.admission_threshold = num_needed
-                return False
+                return None
             num_tokens = min(num_tokens, self._fit_alone(match, start, num_available))
             if num_tokens < 1:
-                return False
+                return None
             num_needed = num_available
-        composition.num_reserved_pages += num_needed
-        composition.admissions.append((request, match))
-        composition.shares.append((request, num_tokens))
-        composition.budget -= num_tokens
-        return True
+        return match, num_tokens, num_needed
 
     def _admission(self, request: Request, match: PrefixMatch | None, budget: int) -> tuple[int, int, int]:
         """(first token to compute, tokens of the first chunk, pages that must be available)."""
@@ -113,7 +131,7 @@ class ComposedPages:
 
     def _make_room(self, request: Request, composition: Composition, is_idle: bool) -> bool:
         """True when pages may have become available. The lowest-ranked request just waits; it keeps what it has."""
-        if self._is_draining():
+        if self._num_draining():
             return False  # pages are on their way back; preempting more now would take too much
         victim = self._policy.victim(self._running.ranked_below(request))
         if victim is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from scheduler.arrangement import PREFILL_LANE
 from scheduler.composed_pages import ComposedPages
 from scheduler.config import SchedulerConfig
 from scheduler.outlook import Outlook
@@ -44,7 +45,7 @@ class Composition:
 
 
 class Composer:
-    """Reads the queues and the pages. `preempt(request)` and `is_draining()` are the scheduler's."""
+    """Reads the queues and the pages. `preempt(request)` and `num_draining()` are the scheduler's."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class Composer:
         waiting: WaitingQueue,
         pages: RequestPages,
         preempt: Callable[[Request], None],
-        is_draining: Callable[[], bool],
+        num_draining: Callable[[], int],
         outlook: Outlook,
         peak: PeakAdmission | None = None,
     ) -> None:
@@ -63,7 +64,7 @@ class Composer:
         self._running = running
         self._waiting = waiting
         self._pages = pages
-        self._supply = ComposedPages(config, policy, running, pages, preempt, is_draining, peak)
+        self._supply = ComposedPages(config, policy, running, pages, preempt, num_draining, peak)
         self._outlook = outlook
         self._has_lanes = config.num_lanes > 1
 
@@ -138,9 +139,10 @@ class Composer:
         """Who would lead the lane's next run."""
         return self._run_lead(self._pending_prefills(lane))
 
-    def has_pages_for(self, request: Request) -> bool:
-        """Whether what is pending of a waiting request would find its pages, as far as no cache helps."""
-        return self._supply.has_pages_for(request)
+    def could_begin(self, request: Request) -> bool:
+        """Whether compose_run would give tokens to this request as the lead, asked while other runs have begun. Exact: a run
+        that stopped for somebody who then cannot begin would go on, be stopped again, and never end."""
+        return self._supply.could_begin(request, Composition(PREFILL_LANE, self._config.max_num_batched_tokens))
 
     def _run_lead(self, prefills: list[Request]) -> Request | None:
         waiting = self._waiting.peek()

@@ -169,3 +169,22 @@ def test_a_batch_keeps_its_leads_target(num_tokens, ttft_s, now):
 
 def test_a_lead_without_a_target_takes_what_a_batch_holds():
     assert batch_budget(request("free", 100), 5.0, TtftPredictor(MODEL, 2048)) == BATCH_TOKENS
+
+
+def test_slack_that_only_rounding_leaves_comes_due_once(monkeypatch):
+    """100 - (1 - 2**-53) is 99 in doubles, though at 99 there are 2**-53 s of slack: a moment that is due and stays due."""
+    order = SlackOrder(CONFIG, None)
+    monkeypatch.setattr(order._predictor, "prompt_s", lambda num_tokens, start=0: 1.0 - 2.0**-53)
+    num_watched, watch = 0, order._watch
+
+    def counting(entry, now):
+        nonlocal num_watched
+        num_watched += 1
+        assert num_watched < 10, "looked at again and again at the same moment"
+        watch(entry, now)
+
+    monkeypatch.setattr(order, "_watch", counting)
+    one = request("r0", 16, arrival_s=98.0, ttft_s=2.0)
+    assert order.rank(one, 0, 99.0)[1] == 0 and order.slack_s(one, 99.0) > 0.0
+    assert [(each, rank[1]) for each, rank in order.due(99.0)] == [(one, 1)]
+    assert list(order.due(99.5)) == []

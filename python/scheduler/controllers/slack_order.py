@@ -95,7 +95,9 @@ class SlackOrder:
                 del self._entries[request.request_id]
                 continue
             self._learn_progress(entry)
-            if self.slack_s(request, now) > 0.0:
+            # As a moment, not as slack: rounding may leave slack where the moment is not later than now, and it would come
+            # due again for ever.
+            if self._moment_s(entry, now) > now:
                 self._watch(entry, now)
             elif request.rank[2] != -inf:  # else it leads a run that was brought to the front with one of its own
                 yield request, self._give_up(entry)
@@ -142,7 +144,12 @@ class SlackOrder:
 
     def _watch(self, entry: _Entry, now: float) -> None:
         """While it executes its moment moves on with the clock; it is looked at again when it would have come by now."""
-        heappush(self._moments, (entry.deadline_s - entry.remaining_s(now), entry.sequence, entry))
+        heappush(self._moments, (self._moment_s(entry, now), entry.sequence, entry))
+
+    @staticmethod
+    def _moment_s(entry: _Entry, now: float) -> float:
+        """When it becomes hopeless unless something is done."""
+        return entry.deadline_s - entry.remaining_s(now)
 
     def _learn_progress(self, entry: _Entry) -> None:
         """Prompts that are cut by tokens tell nobody when they execute: what they still have to do says how far they are."""
