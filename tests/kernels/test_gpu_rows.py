@@ -446,6 +446,17 @@ def test_swap_pages(gpu, rng):
     want[[0, 5]] = pages[[7, 2]]
     np.testing.assert_array_equal(download(arena), want)
     assert swap_pages(arena, host, [], [], is_out=True) == 0
+    assert swap_pages(arena, host, [1, 6], [4, 4], is_out=True) == 2  # one target twice: the later stays
+    np.testing.assert_array_equal(host[4], want[6])
+    with pytest.raises(ValueError, match="host_arena"):
+        swap_pages(arena, host[:, :320].copy(), [1], [0], is_out=True)
+    host.flags.writeable = False
+    with pytest.raises(ValueError, match="host_arena"):
+        swap_pages(arena, host, [1], [0], is_out=True)
+    assert swap_pages(arena, host, [1], [4], is_out=False) == 1
+    want[1] = want[6]
+    np.testing.assert_array_equal(download(arena), want)
+    host.flags.writeable = True
     with pytest.raises(ValueError, match="device_page_ids"):
         swap_pages(arena, host, [8], [0], is_out=True)
     with pytest.raises(ValueError, match="host_page_ids"):
