@@ -195,6 +195,7 @@ CASES: dict[str, dict] = {
             "semi-pd": {"policy": "semi-pd"},
             "nexus": {"policy": "nexus"},
             "nano-batches": {"nano_batches": "2"},
+            "nanoflow": {"policy": "nanoflow"},
             "arbitrate": {"policy": "arbitrate"},
         }.items()
     },

@@ -22,10 +22,13 @@ std::string untuned_reason(const GpuAttentionDesc& desc) {
   if (layout.k_codec == KvCodec::kF32 || layout.v_codec == KvCodec::kF32) return "fp32 pages need fp32 arithmetic";
   if (group > kMaxAttendGroup)
     return concat(group, " query heads share a KV head, more than the ", kMaxAttendGroup, " of a tile");
-  for (KvCodec codec : {layout.k_codec, layout.v_codec})
-    if (kv_row_bytes(codec, layout.head_dim) % 16 != 0)
+  for (KvCodec codec : {layout.k_codec, layout.v_codec}) {
+    // The kernels copy rows of int4 in halves of a vector where they are no whole ones.
+    const int unit = stored_codec(codec) == KvCodec::kInt4Plain ? 8 : 16;
+    if (kv_row_bytes(codec, layout.head_dim) % unit != 0)
       return concat("rows of ", kv_codec_name(codec), " at head_dim ", layout.head_dim, " are ",
-                    kv_row_bytes(codec, layout.head_dim), " bytes, no multiple of 16");
+                    kv_row_bytes(codec, layout.head_dim), " bytes, no multiple of ", unit);
+  }
   return "";
 }
 

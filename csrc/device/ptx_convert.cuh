@@ -2,6 +2,7 @@
 // half. Rounding is to nearest even.
 #pragma once
 
+#include "device/e4m3_bits.cuh"
 #include "device/launch.cuh"
 
 namespace partita::device {
@@ -40,16 +41,14 @@ __device__ __forceinline__ float bf16_to_f32(uint16_t bits) {
   return __uint_as_float(static_cast<uint32_t>(bits) << 16);
 }
 
-// Two e4m3 codes, low byte first. The NaN codes 0x7f and 0xff are not to be given: 8.0 would read them as 480.
+// Two e4m3 codes, low byte first. NaN stays NaN.
 __device__ __forceinline__ uint32_t e4m3x2_to_f16x2(uint16_t codes) {
   uint32_t packed;
 #if __CUDA_ARCH__ >= 890
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(packed) : "h"(codes));
 #else
-  // Exponent and mantissa fall into place one bit to the left of a half's sign; what remains is the difference of the
-  // exponent biases, 2^8, and the multiplication is exact and gets subnormals right too.
-  const uint32_t spread = (codes & 0xffu) << 8 | (codes & 0xff00u) << 16;
-  const uint32_t scaled = (spread & 0x80008000u) | ((spread & 0x7f007f00u) >> 1);
+  // The multiplication by 2^8 is exact.
+  const uint32_t scaled = e4m3_high_bytes_to_scaled_f16x2((codes & 0xffu) << 8 | (codes & 0xff00u) << 16);
   asm("mul.f16x2 %0, %1, %2;" : "=r"(packed) : "r"(scaled), "r"(0x5c005c00u));
 #endif
   return packed;

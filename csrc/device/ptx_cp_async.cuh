@@ -18,6 +18,12 @@ __device__ __forceinline__ void cp_async_8(void* shared, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(global) : "memory");
 }
 
+// Reads src_bytes of 0..8 and writes 8: zeros after what was read. Where src_bytes is 0 `global` may be any address.
+__device__ __forceinline__ void cp_async_8_zfill(void* shared, const void* global, int src_bytes) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(global), "r"(src_bytes) : "memory");
+}
+
 // Past L1, which would only copy what is read once.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));

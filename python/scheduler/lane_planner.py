@@ -268,6 +268,8 @@ class LanePlanner:
             return True
         first, last = run.plan.node_range or (0, self._config.num_nodes)
         now_s, whole_s = (model.range_s(run.shape, first, last, share) for share in (run.plan.share, WHOLE_CHIP))
+        if now_s <= 0.0:  # a node that only copies pages, on a machine whose steps have no overhead
+            return False
         left = 1.0 - min((self._outlook.now - run.part_started_s) / now_s, 1.0)
         # It stops behind the node that has begun, and the rest begins a plan's overhead later.
         pause_s = model.longest_node_s(run.shape, run.plan.share) + model.overhead_s(run.shape)

@@ -42,14 +42,47 @@ def test_mixed_batches_of_every_tuned_pair(gpu, kv_dtype, head_dim):
 @pytest.mark.parametrize("kv_dtype", ["bf16", "int8", "int4", "fp8", "int4:fp16"])
 @pytest.mark.parametrize("head_dim", [80, 96, 112, 256])
 def test_padded_and_large_heads(gpu, kv_dtype, head_dim):
-    step = Step([(0, 21), (70, 1), (3, 2)], head_dim=head_dim, kv_dtype=kv_dtype, seed=2)
-    if head_dim in (80, 112) and kv_dtype.startswith("int4"):
-        case = GpuStep(gpu, step)
-        assert case.plan.kernels == ["attend_naive"]
-        assert "no multiple of 16" in case.plan.describe()
-        assert case.error(case.run("float32")) < EXACT_BOUND
-        return
-    check(gpu, step)
+    """A few rows and many: both kernels. Rows of int4 at 80 and 112 are 40 and 56 bytes, copied in halves of a vector."""
+    case = check(gpu, Step([(0, 49), (70, 1), (3, 2)], head_dim=head_dim, kv_dtype=kv_dtype, seed=2))
+    assert case.plan.decode["items"] and case.plan.prefill["items"]
+
+
+@pytest.mark.parametrize("kv_dtype", ["int4", "int4-plain", "int8:int4", "int4:bf16"])
+@pytest.mark.parametrize("head_dim", [48, 80, 112, 144])
+def test_int4_rows_that_are_no_whole_vectors(gpu, kv_dtype, head_dim):
+    """Every pair, over several tiles and thread blocks, with windows, and with one page's rows beside unowned bytes."""
+    for window, seed in ((0, 12), (70, 13)):
+        step = Step(
+            [(150, 1), (61, 4), (0, 50), (63, 1)], head_dim=head_dim, kv_dtype=kv_dtype, window=window, seed=seed
+        )
+        case = check(gpu, step, num_ctas=3)
+        assert any(name.startswith("attend_decode") for name in case.plan.kernels), case.plan.describe()
+
+
+def test_int4_rows_of_odd_words(gpu):
+    """36 bytes at head_dim 72: no copy of a size that is aligned for every row, so the naive kernel, which says so."""
+    case = GpuStep(gpu, Step([(0, 21), (70, 1)], head_dim=72, kv_dtype="int4", seed=2))
+    assert case.plan.kernels == ["attend_naive"]
+    assert "rows of int4 at head_dim 72 are 36 bytes, no multiple of 8" in case.plan.describe()
+    assert case.error(case.run("float32")) < EXACT_BOUND
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8", "bf16", "fp8:fp16", "fp16:fp8"])
+@pytest.mark.parametrize("stream", ["k", "v"])
+def test_nan_in_a_page_is_nan_in_what_sees_it(gpu, kv_dtype, stream):
+    """Decode and prefill rows of one KV head; the other head and another request keep their values."""
+    step = Step([(80, 1), (20, 60), (70, 2)], num_q_heads=4, num_kv_heads=2, kv_dtype=kv_dtype, seed=14)
+    first = 4 * 64 if stream == "k" else 6 * 64  # KV head 0
+    for request in (0, 1):
+        step.tokens[request][7, first + 5] = np.nan  # in the context, which every row sees
+    case = GpuStep(gpu, step)
+    out = case.run("float32").reshape(-1, 4, 64)
+    assert case.plan.prefill["items"] and bool(case.plan.decode["items"]) == (":" not in kv_dtype)
+    wanted = np.concatenate(case.reference()).reshape(-1, 4, 64)
+    np.testing.assert_array_equal(np.isnan(out), np.isnan(wanted))
+    assert np.isnan(wanted[:61, :2]).any() and not np.isnan(wanted[:, 2:]).any() and not np.isnan(wanted[61:]).any()
+    real = ~np.isnan(wanted)
+    assert np.linalg.norm(out[real] - wanted[real]) < BOUNDS["bf16"] * np.linalg.norm(wanted[real])
 
 
 @pytest.mark.parametrize("kv_dtype", ["bf16", "int4"])
@@ -143,7 +176,9 @@ def test_what_has_no_tuned_kernel_says_why(gpu):
     assert "fp32 pages need fp32 arithmetic" in reasons("fp32:bf16")
     assert "17 query heads share a KV head" in reasons(heads=17)
     assert "exact mode computes in fp32" in reasons(qkv_dtype="float32", exact=True)
-    assert "rows of int4 at head_dim 80 are 40 bytes" in reasons("int4", head_dim=80)
+    assert "rows of int4 at head_dim 72 are 36 bytes, no multiple of 8" in reasons("int4", head_dim=72)
+    assert "attend_decode_d128_int4_int4: taken for few rows" in reasons("int4", head_dim=80)
+    assert "rows of int8 at head_dim 72 are 72 bytes, no multiple of 16" in reasons("int8", head_dim=72)
     assert "decode: no kernel for int8:bf16" in reasons("int8:bf16")
     assert "attend_decode_d128_bf16_bf16: taken for few rows" in reasons(head_dim=96)
 

@@ -7,6 +7,7 @@ import pytest
 
 from scheduler.controllers import arbitration, candidates, goodput_order
 from scheduler.controllers.arbitration import Arbitration
+from scheduler.controllers.candidates import Candidate, Prediction
 from scheduler.cost_model import CostModel
 from scheduler.simulator.costs import ModelCosts
 from scheduler.simulator.setup import scheduler_config
@@ -74,11 +75,19 @@ def test_both_one_lane_and_two_are_chosen_as_the_load_asks_for_it():
     assert part_of_two_lanes(low) < 0.1 < 0.4 < part_of_two_lanes(high)
 
 
-def test_hysteresis_moves_the_border_less():
-    def num_moves(**options) -> int:
-        return sum(restricted(arbitration.KINDS, rate, **options)[0].stats.num_moves for rate in (12, 25, 36))
+@pytest.mark.parametrize("hysteresis, moves", [(None, False), (0.0, True)])
+def test_what_is_there_stays_unless_it_is_clearly_beaten(hysteresis, moves):
+    options = {} if hysteresis is None else {"hysteresis": hysteresis}
+    rule = Arbitration(scheduler_config(SPEC, MACHINE, policy="arbitrate"), CostModel(SPEC, MACHINE), **options)
 
-    assert num_moves() < 0.7 * num_moves(hysteresis=0.0)
+    def chosen(mix_rate: float, split_rate: float) -> str:
+        mix, split = Candidate("mix", 0.0, 1.0, mix_rate), Candidate("split", 0.5, 0.5, split_rate)
+        return rule._choose(Prediction((mix, split), 0.1)).kind
+
+    assert chosen(1000.0, 900.0) == "mix"
+    assert chosen(1000.0, 1040.0) == ("split" if moves else "mix")
+    assert chosen(1000.0, 1060.0) == "split"
+    assert chosen(1040.0, 1000.0) == ("mix" if moves else "split")
 
 
 def test_targets_are_planned_with_a_margin(monkeypatch):

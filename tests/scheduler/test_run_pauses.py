@@ -68,6 +68,9 @@ PAUSED_IN_VAIN = {
 }  # fmt: skip
 
 
+ARBITRATED = {"policy": "arbitrate", "num_pages": 16}
+
+
 @pytest.mark.parametrize(("why", "seeds"), [("peak", range(20)), ("preempted", range(170, 185))])
 def test_a_run_does_not_stop_for_who_would_be_refused(why, seeds):
     for seed in seeds:
@@ -79,3 +82,9 @@ def test_a_run_does_not_stop_for_who_would_be_refused(why, seeds):
             max_resting_runs=1 + seed % 3,
             **PAUSED_IN_VAIN[why],
         )
+
+
+def test_a_part_that_takes_no_time_at_all_by_the_model_is_no_reason_to_stop():
+    """The first node alone, which copies pages, on a machine without overheads, on half of the chip, beside nobody."""
+    for seed in range(20, 30):
+        walk(seed, stop_at=0.0, kv_group_windows=(0,), max_num_seqs=3, max_resting_runs=1 + seed % 3, **ARBITRATED)

@@ -11,10 +11,11 @@
 // Integer codes are never converted: masked out of their word, a code is a half's mantissa under a zero exponent, that
 // is the subnormal number code * 2^-24 (or 2^-20 where a nibble sits four bits up), which mma multiplies exactly. The
 // power is undone on the fp32 sums, together with the token's scale. e4m3 bits shifted into a half's place are the
-// value times 2^-8, subnormals included.
+// value times 2^-8, subnormals and NaN included (device/e4m3_bits.cuh).
 #pragma once
 
 #include "attention/attend_gpu_kernels.h"
+#include "device/e4m3_bits.cuh"
 #include "device/launch.cuh"
 
 namespace partita {
@@ -34,17 +35,15 @@ struct CodeTraits {
 // The four bytes of a word as two pairs of halves: bytes 0 and 2, bytes 1 and 3.
 template <KvCodec kCodec>
 __device__ __forceinline__ uint32_t even_bytes(uint32_t word) {
-  if constexpr (kCodec == KvCodec::kE4M3) {
-    const uint32_t up = word << 8;
-    return (up & 0x80008000u) | ((up >> 1) & 0x3f803f80u);
-  } else {
+  if constexpr (kCodec == KvCodec::kE4M3)
+    return device::e4m3_high_bytes_to_scaled_f16x2(word << 8);
+  else
     return word & 0x00ff00ffu;
-  }
 }
 template <KvCodec kCodec>
 __device__ __forceinline__ uint32_t odd_bytes(uint32_t word) {
   if constexpr (kCodec == KvCodec::kE4M3)
-    return (word & 0x80008000u) | ((word >> 1) & 0x3f803f80u);
+    return device::e4m3_high_bytes_to_scaled_f16x2(word);
   else
     return (word >> 8) & 0x00ff00ffu;
 }

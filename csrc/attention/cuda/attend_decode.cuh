@@ -81,24 +81,41 @@ struct WarpFetch {
     return has_tokens(first_token) ? pages[first_token >> params.page_size_log2] : 0;
   }
 
-  template <int kRowBytes, bool kHasParams, bool kIsKey>
+  // The warp's 16 rows in pieces of kPieceBytes, 16 or 8: rows of int4 at head sizes 80 and 112 are 40 and 56 bytes, so
+  // every second one begins in the middle of a vector. A piece keeps its place in the chunk of 16 bytes that is read.
+  template <int kRowBytes, bool kIsKey, int kPieceBytes>
+  __device__ __forceinline__ void rows(int row_bytes, uint4* codes, const std::byte* source, int first_token) const {
+    constexpr int kChunks = kRowBytes / 16, kPieces = kRowBytes / kPieceBytes, kPiecesOfChunk = 16 / kPieceBytes;
+#pragma unroll 4
+    for (int i = 0; i < kWarpTokens * kPieces / device::kWarpSize; ++i) {
+      const int index = i * device::kWarpSize + lane;
+      const int row = index / kPieces, piece = index % kPieces, chunk = piece / kPiecesOfChunk;
+      const int token = first_token + row;
+      // What nobody may look at becomes zero: padding of the head, and slots outside of the item's range, which may
+      // hold anything.
+      const bool is_there = token >= kv_begin && token < kv_end && piece * kPieceBytes < row_bytes;
+      const int place = kIsKey ? k_chunk<kRowBytes>(row, chunk) : matrix_chunk<kRowBytes>(row, chunk);
+      std::byte* target =
+          reinterpret_cast<std::byte*>(codes + row * kChunks + place) + piece % kPiecesOfChunk * kPieceBytes;
+      const std::byte* from = is_there ? source + row * row_bytes + piece * kPieceBytes : source;
+      if constexpr (kPieceBytes == 16)
+        device::cp_async_16_zfill(target, from, is_there ? 16 : 0);
+      else
+        device::cp_async_8_zfill(target, from, is_there ? 8 : 0);
+    }
+  }
+
+  template <int kRowBytes, int kBits, bool kHasParams, bool kIsKey>
   __device__ __forceinline__ void stream(const GpuKvStream& from, uint4* codes, uint32_t* pairs, const std::byte* page,
                                          int first_token) const {
     const int64_t first_row = int64_t{kv_head} * params.page_size + (first_token & (params.page_size - 1));
     const std::byte* source = page + from.codes_offset + first_row * from.row_bytes;
-    constexpr int kChunks = kRowBytes / 16;
-#pragma unroll 4
-    for (int i = 0; i < kWarpTokens * kChunks / device::kWarpSize; ++i) {
-      const int index = i * device::kWarpSize + lane;
-      const int row = index / kChunks, chunk = index % kChunks;
-      const int token = first_token + row;
-      // What nobody may look at becomes zero: padding of the head, and slots outside of the item's range, which may
-      // hold anything.
-      const bool is_there = token >= kv_begin && token < kv_end && chunk * 16 < from.row_bytes;
-      const int place = kIsKey ? k_chunk<kRowBytes>(row, chunk) : matrix_chunk<kRowBytes>(row, chunk);
-      device::cp_async_16_zfill(codes + row * kChunks + place,
-                                is_there ? source + row * from.row_bytes + chunk * 16 : source, is_there ? 16 : 0);
-    }
+    // Two instances of the loop: with the size of a piece known only at run time each copy would be two under
+    // predicates.
+    if (kBits == 4 && from.row_bytes % 16 != 0)
+      rows<kRowBytes, kIsKey, 8>(from.row_bytes, codes, source, first_token);
+    else
+      rows<kRowBytes, kIsKey, 16>(from.row_bytes, codes, source, first_token);
     if constexpr (kHasParams) {
       constexpr int kPairChunks = kWarpTokens * 4 / 16;
       if (lane < kPairChunks)
@@ -109,8 +126,10 @@ struct WarpFetch {
   __device__ __forceinline__ void start(typename Shape::WarpStage& stage, int first_token, int page_id) const {
     if (!has_tokens(first_token)) return;
     const std::byte* page = params.arena + int64_t{page_id} * params.arena_page_bytes;
-    stream<Shape::kKRowBytes, Shape::K::kHasParams, true>(params.k, stage.k, stage.k_params, page, first_token);
-    stream<Shape::kVRowBytes, Shape::V::kHasParams, false>(params.v, stage.v, stage.v_params, page, first_token);
+    stream<Shape::kKRowBytes, Shape::K::kBits, Shape::K::kHasParams, true>(params.k, stage.k, stage.k_params, page,
+                                                                           first_token);
+    stream<Shape::kVRowBytes, Shape::V::kBits, Shape::V::kHasParams, false>(params.v, stage.v, stage.v_params, page,
+                                                                            first_token);
   }
 };
 

@@ -120,13 +120,20 @@ struct TileFetch {
   // As the codes are, rows side by side; what is outside of the item's range is left out.
   __device__ __forceinline__ void to_raw(const GpuKvStream& from, uint4* to, uint32_t* pairs, int tile_token,
                                          int tile_pages) const {
-    const int chunks = from.row_bytes / 16;
-    for (int index = static_cast<int>(threadIdx.x); index < kTokens * chunks; index += kPrefillThreads) {
-      const int row = index / chunks, chunk = index - row * chunks, token = tile_token + row;
+    // Rows of int4 at head sizes 80 and 112 are 40 and 56 bytes.
+    const bool is_whole = from.row_bytes % 16 == 0;
+    const int piece_bytes = is_whole ? 16 : 8, pieces = from.row_bytes / piece_bytes;
+    for (int index = static_cast<int>(threadIdx.x); index < kTokens * pieces; index += kPrefillThreads) {
+      const int row = index / pieces, piece = index - row * pieces, token = tile_token + row;
       const std::byte* page =
           params.arena + int64_t{__shfl_sync(device::kFullWarp, tile_pages, row / 16)} * params.arena_page_bytes;
-      if (has(token))
-        device::cp_async_16(to + index, page + from.codes_offset + page_row(token) * from.row_bytes + chunk * 16);
+      if (!has(token)) continue;
+      std::byte* target = reinterpret_cast<std::byte*>(to) + index * piece_bytes;
+      const std::byte* source = page + from.codes_offset + page_row(token) * from.row_bytes + piece * piece_bytes;
+      if (is_whole)
+        device::cp_async_16(target, source);
+      else
+        device::cp_async_8(target, source);
     }
     if (from.codec != KvCodec::kInt8 && from.codec != KvCodec::kInt4Plain) return;
     constexpr int kPairChunks = kTokens / 4;

@@ -8,6 +8,9 @@ namespace partita::device {
 
 inline void cp_async_4(void* shared, const void* global) { simt::copy_async(shared, global, 4, 4); }
 inline void cp_async_8(void* shared, const void* global) { simt::copy_async(shared, global, 8, 8); }
+inline void cp_async_8_zfill(void* shared, const void* global, int src_bytes) {
+  simt::copy_async(shared, global, 8, src_bytes);
+}
 inline void cp_async_16(void* shared, const void* global) { simt::copy_async(shared, global, 16, 16); }
 inline void cp_async_16_zfill(void* shared, const void* global, int src_bytes) {
   simt::copy_async(shared, global, 16, src_bytes);

@@ -1,5 +1,6 @@
 // Wrappers that work on one thread's registers: bits, packed halves, conversions, approximations. numbers[0]: how many
 // elements; one thread for each.
+#include "device/e4m3_bits.cuh"
 #include "device/ptx_bits.cuh"
 #include "device/ptx_convert.cuh"
 #include "device/ptx_half.cuh"
@@ -74,15 +75,18 @@ __global__ void narrow_kernel(const __grid_constant__ DeviceTestParams params) {
   out[4] = device::f32_to_bf16(lo);
 }
 
-// inputs: codes [n] u16; output [n, 3] u32: the bits of f16 and bf16 widened, the two e4m3 as f16x2
+// inputs: codes [n] u16; output [n, 4] u32: the bits of f16 and bf16 widened, the two e4m3 as f16x2, and the same from
+// the bits that machines without the conversion use, less their factor of 2^8
 __global__ void widen_kernel(const __grid_constant__ DeviceTestParams params) {
   const int64_t i = element();
   if (i >= params.numbers[0]) return;
   const uint16_t code = input<uint16_t>(params, 0)[i];
-  uint32_t* out = static_cast<uint32_t*>(params.output) + 3 * i;
+  uint32_t* out = static_cast<uint32_t*>(params.output) + 4 * i;
   out[0] = __float_as_uint(device::f16_to_f32(code));
   out[1] = __float_as_uint(device::bf16_to_f32(code));
   out[2] = device::e4m3x2_to_f16x2(code);
+  // The low bytes hold what must not matter.
+  out[3] = device::e4m3_high_bytes_to_scaled_f16x2((code & 0xffu) << 8 | (code & 0xff00u) << 16 | 0x00ff00ffu);
 }
 
 // inputs: x [n] f32; output [n, 5] f32

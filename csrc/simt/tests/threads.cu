@@ -239,11 +239,11 @@ void launch_memory(const DeviceTestParams& params, void* stream) {
 }
 
 struct CopyStorage {
-  alignas(16) uint32_t bytes[6][64][4];
+  alignas(16) uint32_t bytes[7][64][4];
 };
 
-// inputs: source [64, 4] u32. output [6, 64, 4] u32: each kind of copy; zfill takes thread % 17 bytes, and copies of 4
-// and 8 bytes come twice and once with zeros after.
+// inputs: source [64, 4] u32. output [7, 64, 4] u32: each kind of copy; zfill of 16 takes thread % 17 bytes, of 8
+// thread % 9 and then all.
 __global__ void copies_kernel(const __grid_constant__ DeviceTestParams params) {
   CopyStorage& storage = device::dynamic_shared<CopyStorage>();
   const unsigned thread = threadIdx.x;
@@ -258,6 +258,9 @@ __global__ void copies_kernel(const __grid_constant__ DeviceTestParams params) {
   const int bytes = static_cast<int>(thread % 17);
   device::cp_async_16_zfill(storage.bytes[4][thread], bytes == 0 ? nullptr : in, bytes);
   device::cp_async_16_zfill(storage.bytes[5][thread], in, 16);
+  const int few_bytes = static_cast<int>(thread % 9);
+  device::cp_async_8_zfill(&storage.bytes[6][thread][0], few_bytes == 0 ? nullptr : in, few_bytes);
+  device::cp_async_8_zfill(&storage.bytes[6][thread][2], in + 2, 8);
   device::cp_async_commit();
   uint32_t* out = static_cast<uint32_t*>(params.output);
   device::cp_async_wait<1>();
@@ -267,7 +270,7 @@ __global__ void copies_kernel(const __grid_constant__ DeviceTestParams params) {
     for (int i = 0; i < 4; ++i) out[(copy * 64 + mirror) * 4 + i] = storage.bytes[copy][mirror][i];
   device::cp_async_wait<0>();
   __syncthreads();
-  for (int copy = 4; copy < 6; ++copy)
+  for (int copy = 4; copy < 7; ++copy)
     for (int i = 0; i < 4; ++i) out[(copy * 64 + mirror) * 4 + i] = storage.bytes[copy][mirror][i];
 }
 
