@@ -288,9 +288,8 @@ class LanePlanner:
         return left * (now_s - whole_s) > 2.0 * pause_s
 
     def _has_frame_for(self, lead: Request) -> bool:
-        """The last one is kept for who needs it for half as long as the others theirs, or less. (When a third long prompt
-        could take it, because it ranked before two that rested, all who came after had to wait for its end: 17 of 112 were
-        late in a simulated mix.)"""
+        """The last one is kept for who needs it for half as long as the others theirs, or less. (A third long prompt
+        that ranks before two that rest would take it, and all who come after would have to wait for its end.)"""
         num_left = self._config.max_resting_runs - len(self._runs)
         if num_left != 1 or not self._runs:
             return num_left > 0
