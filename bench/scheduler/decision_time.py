@@ -18,6 +18,7 @@ import random
 import time
 from collections import deque
 
+from runtime import garbage
 from scheduler import Arrival, LaneFinished, LanePlan, LaneResult, Request, Scheduler, SchedulerConfig
 from scheduler.cost_model import CostModel
 from scheduler.machine import Machine
@@ -136,8 +137,7 @@ def measure(
     for _ in range(40):
         driver.land()
 
-    gc.collect()
-    gc.freeze()
+    garbage.settle()  # as an engine does it
     driver.result_us.clear()
     driver.arrival_us.clear()
     if profile:
@@ -195,6 +195,7 @@ CASES: dict[str, dict] = {
             "semi-pd": {"policy": "semi-pd"},
             "nexus": {"policy": "nexus"},
             "nano-batches": {"nano_batches": "2"},
+            "nanoflow": {"policy": "nanoflow"},
             "arbitrate": {"policy": "arbitrate"},
         }.items()
     },

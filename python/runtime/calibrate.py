@@ -12,10 +12,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from runtime.engine_args import EngineArgs, parse_or_exit
+from scheduler.lane_speeds import LANE_NAMES, LaneSpeeds
+from scheduler.machine import Saturation
 
 HELD_OUT_BAR = 0.15  # median relative error of step times that a controller can live with
+LANES_PART = 0.1  # of the time for measuring, for what two lanes achieve beside each other
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -25,9 +29,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "`partita simulate --machine FILE` and the engine's controllers read it. Takes less than a minute.",
     )
     parser.add_argument("--output", metavar="FILE", help="default: in the cache folder, by machine and model")
-    parser.add_argument(
-        "--runs", type=int, default=9, metavar="N", help="of each step; the fastest counts (default: 9)"
-    )
+    parser.add_argument("--runs", type=int, default=9, metavar="N", help="of each step; the median counts (default: 9)")
     parser.add_argument(
         "--seconds", type=float, default=45.0, metavar="S", help="stop measuring after this long (default: 45)"
     )
@@ -81,7 +83,7 @@ def held_out_grid(max_tokens: int):
 def calibrate(loaded, spec, args, *, num_runs: int = 9, seconds: float = 45.0, log=print):
     """The Machine fitted to `loaded` on this machine, its held_out_error set. `log(line)` hears of the findings."""
     from runtime import _native
-    from runtime.fit_rates import fit_classes, fit_saturation
+    from runtime.fit_rates import fit_classes
     from runtime.measured_engine import measure_engine
     from runtime.measured_steps import StepBench, StepKind
     from scheduler.cost_model import CostModel
@@ -94,27 +96,11 @@ def calibrate(loaded, spec, args, *, num_runs: int = 9, seconds: float = 45.0, l
     fitted = [kind for kind in fit_grid(max_tokens) if bench.fits(kind)]
     held_out = [kind for kind in held_out_grid(max_tokens) if bench.fits(kind)]
     bench.measure(StepKind(4, 64), 3)  # pages of memory and clocks warm up
-    measured = bench.measure_all(fitted + held_out, num_runs, started_s + 0.8 * seconds)
+    measured = bench.measure_all(fitted + held_out, num_runs, started_s + (0.8 - LANES_PART) * seconds)
     steps, judged = measured[: len(fitted)], measured[len(fitted) :]
     classes = fit_classes(steps, spec)
-    decode, chunk = StepKind(4, 64), StepKind(0, 0, 1, min(256, max_tokens), 0)
     between_nodes_s = statistics.median(step.step_s - sum(step.node_s) for step in steps)
-    overlap_gain = 0.0
-    rungs, saturation, shared = (1.0,), fit_saturation({1.0: 1.0}, {1.0: 1.0}), classes["linear"].bytes_per_s
-    if len(whole) >= 2 and len(set(whole)) == len(whole):
-        half = len(whole) // 2
-        split = StepBench(loaded, [whole[:half], whole[half:]], max_tokens, 64)
-        share = half / len(whole)
-        times = {}
-        for name, kind in (("compute", chunk), ("memory", decode)):
-            of_whole = bench.measure(kind, num_runs).step_s
-            times[name] = {share: split.measure(kind, num_runs).step_s, 1.0: of_whole}
-        saturation = fit_saturation(times["compute"], times["memory"])
-        rungs = tuple(sorted({share, 1.0 - share, 1.0}))
-        draft = Machine("draft", "", classes["linear"].bytes_per_s, classes, saturation=saturation)
-        shared = _shared_rate(split, spec, draft, decode, chunk, share, num_runs, log)
-        overlap_gain = StepBench(loaded, [whole, whole], max_tokens, 64).overlap_gain(decode, chunk, 1.0)
-        log(f"two lanes of all cores each yield {1.0 + overlap_gain:.2f} of one after the other")
+    lanes = _measure_lanes(loaded, spec, bench, classes, whole, num_runs, LANES_PART * seconds, log)
     engine = measure_engine(loaded, args)
     log(
         f"engine    {engine.gap_s * 1e6:.0f} us between steps, results heard after {engine.result_delay_s * 1e6:.0f} us, "
@@ -123,15 +109,16 @@ def calibrate(loaded, spec, args, *, num_runs: int = 9, seconds: float = 45.0, l
     machine = Machine(
         name=f"{cpu_name()}, {len(whole)} threads",
         source=f"measured by partita calibrate on {time.strftime('%Y-%m-%d')}, {_native.active_cpu_isa()}",
-        shared_bytes_per_s=shared,
+        shared_bytes_per_s=lanes.shared_bytes_per_s,
         classes=classes,
         memory_bytes=float(spec.weight_bytes + loaded.kv_plan.arena_bytes),
         step_overhead_s=engine.gap_s,
         result_delay_s=engine.result_delay_s,
         host_s_per_step=max(0.0, between_nodes_s),
-        overlap_gain=overlap_gain,
-        saturation=saturation,
-        rungs=rungs,
+        overlap_gain=lanes.overlap_gain,
+        saturation=lanes.saturation,
+        rungs=lanes.rungs,
+        lane_speeds=lanes.lane_speeds,
         model=spec.name,
     )
     model = CostModel(spec, machine)
@@ -147,6 +134,63 @@ def calibrate(loaded, spec, args, *, num_runs: int = 9, seconds: float = 45.0, l
         host_s_per_step=machine.host_s_per_step + engine.host_s_per_step,
     )  # fmt: skip
     return machine, absolute
+
+
+class _Lanes(NamedTuple):
+    """Fields of Machine; these where the cores cannot be cut in two."""
+
+    shared_bytes_per_s: float
+    rungs: tuple[float, ...] = (1.0,)
+    saturation: Saturation = Saturation()
+    overlap_gain: float = 0.0
+    lane_speeds: tuple[LaneSpeeds, ...] = ()
+
+
+def _measure_lanes(loaded, spec, bench, classes, whole: Sequence[int], num_runs: int, speeds_s: float, log) -> _Lanes:
+    """speeds_s: for lane_speeds alone."""
+    from runtime.fit_rates import fit_saturation
+    from runtime.measured_lanes import measure_lane_speeds
+    from runtime.measured_steps import StepBench, StepKind
+    from scheduler.machine import Machine
+
+    memory_rate = classes["linear"].bytes_per_s
+    if len(whole) < 2 or len(set(whole)) < len(whole):
+        return _Lanes(memory_rate)
+    decode, chunk = StepKind(4, 64), StepKind(0, 0, 1, 256, 0)
+    half = len(whole) // 2
+    splits = {}
+    for first in sorted({half, len(whole) - half}):
+        cut = [whole[:first], whole[first:]]
+        splits[first / len(whole), 1.0 - first / len(whole)] = StepBench(loaded, cut, bench.max_tokens, 64)
+    share = half / len(whole)
+    split = splits[share, 1.0 - share]
+    times = {}
+    for name, kind in (("compute", chunk), ("memory", decode)):
+        of_whole = bench.measure(kind, num_runs).step_s
+        times[name] = {share: split.measure(kind, num_runs).step_s, 1.0: of_whole}
+    saturation = fit_saturation(times["compute"], times["memory"])
+    draft = Machine("draft", "", memory_rate, classes, saturation=saturation)
+    shared = _shared_rate(split, spec, draft, decode, chunk, share, num_runs, log)
+    lane_speeds = measure_lane_speeds(bench, splits, spec, speeds_s)
+    for line in shown_speeds(lane_speeds):
+        log(line)
+    overlap_gain = StepBench(loaded, [whole, whole], bench.max_tokens, 64).overlap_gain(decode, chunk, 1.0)
+    log(f"two lanes of all cores each yield {1.0 + overlap_gain:.2f} of one after the other")
+    return _Lanes(shared, tuple(sorted({share, 1.0 - share, 1.0})), saturation, overlap_gain, lane_speeds)
+
+
+def shown_speeds(lane_speeds: Sequence[LaneSpeeds]) -> list[str]:
+    lines = []
+    for speeds in lane_speeds:
+        for pair in speeds.beside:
+            names = (pair.compute, pair.memory)
+            alone = [speeds.alone[lane][name] for lane, name in zip(LANE_NAMES, names, strict=True)]
+            lines.append(
+                f"lanes     {pair.compute} on {speeds.shares[0]:.0%}: {alone[0]:.2f} of its speed, "
+                f"{pair.compute_speed:.2f} beside {pair.memory} on {speeds.shares[1]:.0%}: {alone[1]:.2f}, "
+                f"{pair.memory_speed:.2f}"
+            )
+    return lines
 
 
 def _shared_rate(split, spec, machine, decode, chunk, share: float, num_runs: int, log) -> float:

@@ -66,7 +66,8 @@ class Engine:
         self._lane_ends_ns = [0, 0]  # when the latest plan of each lane ended
         self._num_step_tokens = 0
         self._last_step_s = time.monotonic()
-        self._fatal: str | None = None
+        self._fatal: str | None = None  # why the thread died
+        self._refusal: str | None = None  # why no message is taken any more; guarded by the lock below
         self._is_closing = False
         self._outstanding_lock = threading.Lock()
         self._outstanding: dict[str, int] = {}  # request id -> submissions without a finish_reason yet
@@ -78,17 +79,17 @@ class Engine:
     # ------------------------------------------------------------------ any thread
 
     def submit(self, message: Submit) -> None:
-        """Queues a request; its Deltas follow until one carries a finish_reason."""
+        """Queues a request; its Deltas follow until one carries a finish_reason, at once if the engine has ended."""
         with self._outstanding_lock:
-            fatal = self._fatal
-            if fatal is None:
+            refusal = self._refusal
+            if refusal is None:
                 self._outstanding[message.request_id] = self._outstanding.get(message.request_id, 0) + 1
                 self._idle.clear()
                 self._inbox.append(message)
-        if fatal is None:
+        if refusal is None:
             self._runner.completions.notify()
         else:
-            self._on_deltas([Delta(message.request_id, finish_reason="error", error=fatal)])
+            self._on_deltas([Delta(message.request_id, finish_reason="error", error=refusal)])
 
     def abort(self, request_id: str, reason: str = "abort") -> None:
         """Ends a request at the next step boundary; nothing happens when it has ended."""
@@ -143,8 +144,9 @@ class Engine:
             self._is_closing = True
             self._runner.completions.notify()
             self._thread.join()
-            if self._trace is not None:
-                self._trace.close()
+        trace, self._trace = self._trace, None
+        if trace is not None:  # also of a thread that died: what it did last is worth reading
+            trace.close()
 
     # ------------------------------------------------------------------ engine thread
 
@@ -156,7 +158,7 @@ class Engine:
         except Exception as error:  # the loop itself is broken: say so to everybody instead of hanging them
             logger.exception("engine thread failed")
             with self._outstanding_lock:
-                self._fatal = f"the engine stopped: {type(error).__name__}: {error}"
+                self._fatal = self._refusal = f"the engine stopped: {type(error).__name__}: {error}"
                 request_ids = list(self._outstanding)
             self._publish([Delta(id, finish_reason="error", error=self._fatal) for id in request_ids])
             self._idle.set()
@@ -201,7 +203,8 @@ class Engine:
         if not completion["error"]:
             self._observe(completion, plan)
         self._num_steps += 1
-        self._num_step_tokens += plan.num_tokens
+        if completion["cursor"] == self._runner.program.num_nodes:  # a run in parts counts its tokens once, at its end
+            self._num_step_tokens += plan.num_tokens
         self._last_step_s = now
         return result
 
@@ -296,6 +299,7 @@ class Engine:
         deltas: list[Delta] = []
         now = time.monotonic()
         with self._outstanding_lock:
+            self._refusal = "the engine has shut down"  # nobody would read the inbox
             request_ids = list(self._outstanding)
         for request_id in request_ids:
             deltas.append(Delta(request_id, finish_reason=reason))

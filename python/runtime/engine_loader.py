@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import sys
@@ -13,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from runtime import garbage
 from scheduler.nanobatch import MAX_NANO_BATCHES
 
 logger = logging.getLogger("partita.engine")
@@ -139,7 +139,7 @@ def _batched_tokens(args, device) -> int:
     preset, controller = _preset(args), policy_named(args.policy).controller
     # Arbitration, by its name or as what moves the border of a policy that has no controller, may cut in any way.
     arbitrates = preset.lanes == "auto" and controller in (None, policy_named("arbitrate").controller)
-    is_cut = preset.prefill == "token" and not arbitrates
+    is_cut = preset.prefill == "token" or (not preset.prefill and not arbitrates)
     default = device.batched_tokens if is_cut else max(device.batched_tokens, RUN_TOKENS)
     return args.max_num_batched_tokens or max(default, args.max_num_seqs)
 
@@ -263,7 +263,7 @@ def load_engine(args, on_deltas: Callable):
 
         trace = StepTrace(loaded.program.node_names, args.trace_steps)
     engine = start_engine(loaded, args, on_deltas, trace)
-    gc.freeze()  # what was loaded stays: later collections need not walk it, and the step loop does not wait for them
+    garbage.settle()
     return engine, built["tokenizer"], built["template"], loaded.config
 
 

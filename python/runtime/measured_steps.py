@@ -84,6 +84,11 @@ class StepBench:
             and len(kind.parts) <= self._max_requests
         )
 
+    def fits_twice(self, kind: StepKind) -> bool:
+        """Beside another step that is no larger."""
+        num_pages = kind.num_pages(self.plan.page_size) * self.plan.num_groups
+        return 2 * num_pages <= self.plan.num_pages and 2 * len(kind.parts) <= self._max_requests
+
     def new_frame(self):
         return _native.Frame(self.program, self.arena, self.rows, self.max_tokens, self._max_requests)
 
@@ -138,13 +143,17 @@ class StepBench:
 
     def run_times_s(self, kind: StepKind, num_runs: int, lane: int = 0) -> list[float]:
         """Of runs in a row, the first of which have passed."""
-        frame, times = self.new_frame(), []
+        return [(run["end_ns"] - run["start_ns"]) / 1e9 for run in self.runs(kind, num_runs, lane)]
+
+    def runs(self, kind: StepKind, num_runs: int, lane: int = 0, seconds: float = 0.0) -> list[dict]:
+        """Completions of runs in a row, the first of which have passed; at least so many, for at least so many seconds."""
+        frame, ran = self.new_frame(), []
         settled_s = time.monotonic() + SETTLE_S
-        while len(times) < num_runs:
+        while len(ran) < num_runs or time.monotonic() < settled_s + seconds:
             completion = self.run(self.prepare(frame, kind), lane)
             if time.monotonic() >= settled_s:
-                times.append((completion["end_ns"] - completion["start_ns"]) / 1e9)
-        return times
+                ran.append(completion)
+        return ran
 
     def run(self, frame, lane: int = 0) -> dict:
         self.lanes[lane].submit(frame, 0, self.program.num_nodes)
@@ -162,13 +171,13 @@ class StepBench:
 
     def beside(
         self, kind: StepKind, other: StepKind, num_runs: int, seconds: float = 0.0
-    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """(start_ns, end_ns) of each run of `kind` on lane 0 while lane 1 runs `other` without pause, and of those; for at
-        least num_runs runs and so many seconds."""
+    ) -> tuple[list[dict], list[dict]]:
+        """Completions of the runs of `kind` on lane 0 while lane 1 runs `other` without pause, and of those; for at least
+        num_runs runs and so many seconds."""
         num_rows, num_pages = len(kind.parts), kind.num_pages(self.plan.page_size) * self.plan.num_groups
         watched, frames = self.new_frame(), [self.new_frame(), self.new_frame()]
         num_others, in_flight, until_s = 0, 0, time.monotonic() + seconds
-        spans: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+        ran: tuple[list[dict], list[dict]] = ([], [])
 
         def submit_other() -> None:
             nonlocal num_others, in_flight
@@ -179,12 +188,12 @@ class StepBench:
 
         submit_other()
         submit_other()
-        while len(spans[0]) < num_runs or time.monotonic() < until_s:
+        while len(ran[0]) < num_runs or time.monotonic() < until_s:
             self.lanes[0].submit(self.prepare(watched, kind), 0, self.program.num_nodes)
             is_running = True
             while is_running:
                 for completion in self.wait(1):
-                    spans[completion["lane"]].append((completion["start_ns"], completion["end_ns"]))
+                    ran[completion["lane"]].append(completion)
                     if completion["lane"] == 0:
                         is_running = False
                     else:
@@ -192,11 +201,11 @@ class StepBench:
                         submit_other()
         if in_flight:
             self.wait(in_flight)
-        return spans
+        return ran
 
     def slow_down(self, kind: StepKind, other: StepKind, num_runs: int) -> float:
         """How much longer `kind` takes on lane 0 while lane 1 runs `other` without pause, as a ratio of fastest runs."""
-        fastest_ns = min(end - start for start, end in self.beside(kind, other, num_runs)[0])
+        fastest_ns = min(run["end_ns"] - run["start_ns"] for run in self.beside(kind, other, num_runs)[0])
         return fastest_ns / 1e9 / self.measure(kind, num_runs).step_s
 
     def overlap_gain(self, kind: StepKind, other: StepKind, seconds: float) -> float:
@@ -205,10 +214,10 @@ class StepBench:
         before the end counts."""
         alone_ns = [statistics.median(self.run_times_s(one, 9)) * 1e9 for one in (kind, other)]
         ours, others = self.beside(kind, other, 1, seconds)
-        start_ns, end_ns = ours[0][0], ours[-1][1]
+        start_ns, end_ns = ours[0]["start_ns"], ours[-1]["end_ns"]
         done_ns = len(ours) * alone_ns[0]
-        for other_start_ns, other_end_ns in others:
-            inside_ns = min(other_end_ns, end_ns) - max(other_start_ns, start_ns)
+        for run in others:
+            inside_ns = min(run["end_ns"], end_ns) - max(run["start_ns"], start_ns)
             if inside_ns > 0:
-                done_ns += alone_ns[1] * inside_ns / (other_end_ns - other_start_ns)
+                done_ns += alone_ns[1] * inside_ns / (run["end_ns"] - run["start_ns"])
         return min(max(done_ns / (end_ns - start_ns) - 1.0, 0.0), 1.0)

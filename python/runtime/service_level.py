@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_USER_CHARS = 256
+MAX_TARGET_MS = 1e12  # some thirty years: schedulers multiply targets, and infinity has no rank
 _TARGETS = ("ttft_ms", "tpot_ms", "deadline_ms")
 # A gateway that knows its clients can set them without touching a body.
 HEADER_PREFIX = "x-partita-"
@@ -30,8 +31,10 @@ class ServiceLevel:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number of milliseconds, got {type(value).__name__} {value!r}")
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be more than 0 milliseconds, got {value!r}")
+            if not (math.isfinite(value) and value / 1e3 > 0 and value <= MAX_TARGET_MS):
+                raise ValueError(
+                    f"{name} must be more than 0 milliseconds and at most {MAX_TARGET_MS:.0e}, got {value!r}"
+                )
         if isinstance(self.priority, bool) or not isinstance(self.priority, int):
             raise TypeError(f"priority must be an integer, got {type(self.priority).__name__}")
         if not -(2**31) <= self.priority < 2**31:

@@ -4,13 +4,15 @@ The order is Dynamic SplitFuse's: requests with one pending token (decodes) firs
 admissions, until the token budget is spent. A policy that does not mix has prompts first, and decodes alone. A pass works
 on a Composition, its own count of tokens, pages and rows handed out; Scheduler commits it. Two things leave the pass at
 once, both harmless if the plan stays empty: an admitted request leaves the waiting queue (the composition is always
-committed), and a preemption, which is a decision of its own.
+committed), and a preemption, which is a decision of its own. Whose pages there are says composed_pages.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from scheduler.arrangement import PREFILL_LANE
+from scheduler.composed_pages import ComposedPages
 from scheduler.config import SchedulerConfig
 from scheduler.outlook import Outlook
 from scheduler.peak_admission import PeakAdmission
@@ -43,7 +45,7 @@ class Composition:
 
 
 class Composer:
-    """Reads the queues and the pages. `preempt(request)` and `is_draining()` are the scheduler's."""
+    """Reads the queues and the pages. `preempt(request)` and `num_draining()` are the scheduler's."""
 
     def __init__(
         self,
@@ -53,7 +55,7 @@ class Composer:
         waiting: WaitingQueue,
         pages: RequestPages,
         preempt: Callable[[Request], None],
-        is_draining: Callable[[], bool],
+        num_draining: Callable[[], int],
         outlook: Outlook,
         peak: PeakAdmission | None = None,
     ) -> None:
@@ -62,10 +64,8 @@ class Composer:
         self._running = running
         self._waiting = waiting
         self._pages = pages
-        self._preempt = preempt
-        self._is_draining = is_draining
+        self._supply = ComposedPages(config, policy, running, pages, preempt, num_draining, peak)
         self._outlook = outlook
-        self._peak = peak
         self._has_lanes = config.num_lanes > 1
 
     def compose(self, lane: int, num_free_rows: int, is_idle: bool, token_budget: int = 0) -> Composition:
@@ -126,7 +126,7 @@ class Composer:
                 if request.num_expected_tokens - request.next_start > num_left:
                     return composition
             if takes_waiting:
-                if self._admit(request, composition, is_idle):
+                if self._supply.admit(request, composition, is_idle):
                     self._waiting.pop()
                 else:
                     can_admit = False  # it is not overtaken by others that wait; who runs goes on
@@ -139,11 +139,10 @@ class Composer:
         """Who would lead the lane's next run."""
         return self._run_lead(self._pending_prefills(lane))
 
-    def has_pages_for(self, request: Request) -> bool:
-        """Whether what is pending of a waiting request would find its pages, as far as no cache helps."""
-        num_tokens = min(request.num_known_tokens, self._config.max_num_batched_tokens)
-        num_needed = self._pages.pages_to_reach(num_tokens) * self._pages.num_kv_groups
-        return self._policy.admits(num_needed, self._pages.num_available_pages, False, self._config)
+    def could_begin(self, request: Request) -> bool:
+        """Whether compose_run would give tokens to this request as the lead, asked while other runs have begun. Exact: a run
+        that stopped for somebody who then cannot begin would go on, be stopped again, and never end."""
+        return self._supply.could_begin(request, Composition(PREFILL_LANE, self._config.max_num_batched_tokens))
 
     def _run_lead(self, prefills: list[Request]) -> Request | None:
         waiting = self._waiting.peek()
@@ -180,7 +179,7 @@ class Composer:
                 continue
             if composition.budget == 0 or request.status is not RUNNING:
                 continue
-            if start >= request.page_capacity and not self._reserve_for(request, start + 1, composition, is_idle):
+            if start >= request.page_capacity and not self._supply.reserve(request, start + 1, composition, is_idle):
                 continue
             shares.append((request, 1))
             composition.budget -= 1
@@ -236,7 +235,7 @@ class Composer:
             waiting = self._waiting.peek() if can_admit and len(composition.admissions) < num_free_rows else None
             prefill = prefills[next_prefill] if next_prefill < len(prefills) else None
             if waiting is not None and (prefill is None or waiting.rank < prefill.rank):
-                if self._admit(waiting, composition, is_idle):
+                if self._supply.admit(waiting, composition, is_idle):
                     self._waiting.pop()
                 else:
                     can_admit = False
@@ -251,10 +250,10 @@ class Composer:
         start = request.next_start
         num_tokens = self._policy.chunk(request.num_expected_tokens - start, composition.budget, self._config)
         # A chunk need not end with a page, nor with what was asked for: it shrinks to the pages there are.
-        num_available = self._num_available_pages(composition) // self._pages.num_kv_groups
+        num_available = self._supply.num_available(composition) // self._pages.num_kv_groups
         reach = request.page_capacity + num_available * self._pages.page_size
         stop = min(start + num_tokens, max(reach, start + 1))
-        if stop > request.page_capacity and not self._reserve_for(request, stop, composition, is_idle):
+        if stop > request.page_capacity and not self._supply.reserve(request, stop, composition, is_idle):
             return
         composition.shares.append((request, stop - start))
         composition.budget -= stop - start
@@ -262,98 +261,6 @@ class Composer:
     def _compose_waiting(self, composition: Composition, num_free_rows: int, is_idle: bool) -> None:
         while composition.budget > 0 and len(composition.admissions) < num_free_rows:
             request = self._waiting.peek()
-            if request is None or not self._admit(request, composition, is_idle):
+            if request is None or not self._supply.admit(request, composition, is_idle):
                 return  # the head of the queue is not overtaken
             self._waiting.pop()
-
-    def _admit(self, request: Request, composition: Composition, is_idle: bool) -> bool:
-        config, pages, admits = self._config, self._pages, self._policy.admits
-        num_available = self._num_available_pages(composition)
-        is_alone = is_idle and len(self._running) == 0 and not composition.shares
-        # A head that did not fit is not matched anew each step; only more pages, or being alone, can change the answer.
-        if not is_alone and num_available < request.admission_threshold:
-            return False
-        if self._peak is not None and not is_alone:
-            admitted = [other for other, _ in composition.admissions]
-            if not self._peak.admits(request, [*self._running, *admitted]):
-                return False
-        match = pages.match(request)
-        start, num_tokens, num_needed = self._admission(request, match, composition.budget)
-        if (
-            not admits(num_needed, num_available, is_alone, config)
-            and match is not None
-            and match.copy_node is not None
-        ):
-            # The copy's source must stay while the copy is made: one page per group more than computing it anew.
-            match = pages.without_copy(match)
-            start, num_tokens, num_needed = self._admission(request, match, composition.budget)
-        if not admits(num_needed, num_available, is_alone, config):
-            if not is_alone:
-                request.admission_threshold = num_needed
-                return False
-            num_tokens = min(num_tokens, self._fit_alone(match, start, num_available))
-            if num_tokens < 1:
-                return False
-            num_needed = num_available
-        composition.num_reserved_pages += num_needed
-        composition.admissions.append((request, match))
-        composition.shares.append((request, num_tokens))
-        composition.budget -= num_tokens
-        return True
-
-    def _admission(self, request: Request, match: PrefixMatch | None, budget: int) -> tuple[int, int, int]:
-        """(first token to compute, tokens of the first chunk, pages that must be available)."""
-        pages = self._pages
-        num_matched = match.num_pages if match is not None else 0
-        start = num_matched * pages.page_size + (match.num_copied_tokens if match is not None else 0)
-        num_tokens = self._policy.chunk(request.num_known_tokens - start, budget, self._config)
-        # Who was preempted comes back when all of it fits: else the same shortage would drive it out again.
-        reach = request.num_known_tokens if request.num_preemptions else start + num_tokens
-        num_pages = (pages.pages_to_reach(reach) - num_matched) * pages.num_kv_groups
-        return start, num_tokens, num_pages + (match.num_unlocked_pages if match is not None else 0)
-
-    def _fit_alone(self, match: PrefixMatch | None, start: int, num_available: int) -> int:
-        """The largest first chunk for a request that runs alone and must not wait (its window's pages come back)."""
-        num_matched = match.num_pages if match is not None else 0
-        num_unlocked = match.num_unlocked_pages if match is not None else 0
-        num_per_group = (num_available - num_unlocked) // self._pages.num_kv_groups
-        return (num_matched + num_per_group) * self._pages.page_size - start
-
-    def _num_available_pages(self, composition: Composition) -> int:
-        return self._pages.num_available_pages - composition.num_reserved_pages
-
-    def _reserve_for(self, request: Request, num_tokens: int, composition: Composition, is_idle: bool) -> bool:
-        """Pages for a running request's table to hold num_tokens positions, from who ranks below it if need be."""
-        pages = self._pages
-        num_missing_tokens = num_tokens - request.page_capacity
-        num_needed = pages.pages_to_reach(num_missing_tokens) * pages.num_kv_groups
-        while self._num_available_pages(composition) < num_needed:
-            if not self._make_room(request, composition, is_idle):
-                composition.has_stalled = True
-                return False
-        composition.num_reserved_pages += num_needed
-        return True
-
-    def _make_room(self, request: Request, composition: Composition, is_idle: bool) -> bool:
-        """True when pages may have become available. The lowest-ranked request just waits; it keeps what it has."""
-        if self._is_draining():
-            return False  # pages are on their way back; preempting more now would take too much
-        victim = self._policy.victim(self._running.ranked_below(request))
-        if victim is None:
-            # Alone and still short: its own pages have twins in the tree, locked because it stands on them (it computed
-            # what another request published first). Recomputing finds them there. See pages.twins in docs/scheduler.md.
-            if not (is_idle and len(self._running) == 1 and not composition.shares):
-                return False
-            victim = request
-        for position, (scheduled, num_tokens) in enumerate(composition.shares):
-            if scheduled is victim:  # it had its share of this plan already, as a decode does before a prefill
-                del composition.shares[position]
-                composition.budget += num_tokens
-                num_reserved = self._pages.pages_to_reach(victim.next_start + num_tokens) - self._pages.pages_to_reach(
-                    victim.page_capacity
-                )
-                composition.num_reserved_pages -= max(0, num_reserved) * self._pages.num_kv_groups
-                break
-        self._preempt(victim)
-        composition.has_preempted = True
-        return victim is not request

@@ -2,7 +2,7 @@
 
 Per node: overhead + rows * row time + max(operations / compute rate, bytes / memory rate). The compute rate depends on
 the rows and on the share of the machine, the memory rate on the share and on what other lanes draw meanwhile. A step is
-the sum of its nodes, the gap before it, and what the host's own thread takes from it.
+the sum of its nodes, the gap before it, and what the host's own thread takes from it (step_cost.py).
 
     model = CostModel(spec, Machine.load("h100-sxm"))
     model.step_s(shape)                            # alone on the whole machine
@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from scheduler.machine import Machine
 from scheduler.model_spec import ModelSpec, NodeSpec
+from scheduler.step_cost import Segment, StepCost, make_tuple
 from scheduler.step_shape import StepShape
 
 # Online corrections stay within these, so that one stalled step cannot make the model useless.
@@ -35,68 +36,6 @@ _MAX_KNOWN_RATES = 1 << 15
 _MAX_KNOWN_ENDS = 256  # shapes of which the nodes' ends are kept
 GUARD_QUANTILE, GUARD_RATE = 0.95, 0.02  # of actual / predicted, for promises; tracked in steps of this rate
 MAX_GUARD_RATIO = 2.0
-
-# Builds a named tuple from its fields in order, at half its constructor's price.
-make_tuple = tuple.__new__
-
-
-class Segment(NamedTuple):
-    """Nodes of one class and size, all of them together, alone on a lane's share."""
-
-    node_class: str
-    compute_s: float
-    memory_s: float
-    overhead_s: float
-    num_bytes: float
-
-    @property
-    def duration_s(self) -> float:
-        """Alone."""
-        return self.overhead_s + (self.compute_s if self.compute_s > self.memory_s else self.memory_s)
-
-
-class StepCost:
-    """A step on one lane."""
-
-    __slots__ = ("segments", "alone_s", "num_bytes", "compute_s", "_shared_bytes_per_s", "_contention")
-
-    def __init__(self, segments: list[Segment], step_overhead_s: float, machine: Machine) -> None:
-        self.segments = segments
-        alone_s = step_overhead_s
-        num_bytes = compute_s = 0.0
-        for _, segment_compute_s, memory_s, overhead_s, segment_bytes in segments:
-            alone_s += overhead_s + (segment_compute_s if segment_compute_s > memory_s else memory_s)
-            compute_s += segment_compute_s
-            num_bytes += segment_bytes
-        self.alone_s = alone_s
-        self.num_bytes = num_bytes
-        self.compute_s = compute_s
-        self._shared_bytes_per_s = machine.shared_bytes_per_s
-        self._contention = machine.contention
-
-    @property
-    def demand_bytes_per_s(self) -> float:
-        """What the step draws from memory when nothing slows it, on average."""
-        return self.num_bytes / self.alone_s
-
-    def duration_s(self, other_demand: float = 0.0) -> float:
-        """Beside lanes that draw `other_demand` bytes/s. A segment and they get bandwidth in proportion to what they
-        want (Nexus's m_d / (m_d + m_p)); where it suffices for both nobody is slowed. The others are taken at their
-        undisturbed demand, which breaks the circle."""
-        if other_demand <= 0.0:
-            return self.alone_s
-        shared, slowed_s = self._shared_bytes_per_s, 0.0
-        for _, compute_s, memory_s, _, num_bytes in self.segments:
-            alone_s = compute_s if compute_s > memory_s else memory_s
-            if num_bytes <= 0.0 or alone_s <= 0.0:
-                continue
-            excess = (num_bytes / alone_s + other_demand) / shared - 1.0
-            if excess > 0.0:
-                # What the segment waits for memory stretches; what it computes does not.
-                contended_s = memory_s * (1.0 + self._contention * excess)
-                if contended_s > alone_s:
-                    slowed_s += contended_s - alone_s
-        return self.alone_s + slowed_s
 
 
 class _Group(NamedTuple):
@@ -332,11 +271,6 @@ class CostModel:
         is_above = ratio > self._guard_ratio
         guard_ratio = self._guard_ratio + GUARD_RATE * (GUARD_QUANTILE if is_above else GUARD_QUANTILE - 1.0)
         self._guard_ratio = min(guard_ratio, MAX_GUARD_RATIO)
-
-    def observe_class(self, node_class: str, predicted_s: float, measured_s: float) -> None:
-        """Nodes of one class took measured_s where the model said predicted_s (node spans of a step trace)."""
-        if predicted_s > 0.0 and measured_s > 0.0:
-            self._correct(node_class, measured_s / predicted_s, LEARNING_RATE)
 
     def _correct(self, node_class: str, ratio: float, weight: float) -> None:
         bounded = min(max(ratio, MIN_CORRECTION), MAX_CORRECTION)

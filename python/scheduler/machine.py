@@ -14,6 +14,8 @@ from math import log2
 from pathlib import Path
 from typing import Any
 
+from scheduler.lane_speeds import LaneSpeeds
+
 MACHINE_FOLDER = Path(__file__).parent / "simulator" / "machines"
 
 # What has a rate of its own: node kinds, with attention's two ways of working apart.
@@ -101,6 +103,7 @@ class Machine:
     overlap_gain: float = 0.0  # what lanes that all have the whole machine yield at once, above one after the other
     launch_ahead_nodes: int = 1  # that a lane has begun or queued when it is asked to stop; it stops behind them
     rungs: tuple[float, ...] = (1.0,)  # shares that a lane can be given
+    lane_speeds: tuple[LaneSpeeds, ...] = ()  # what two lanes achieve at once, per cut; (): never measured
     model: str = ""  # the rates were fitted on this model; "": any
     held_out_error: float = 0.0  # median relative error of step times at calibration; 0: not measured
 
@@ -118,12 +121,18 @@ class Machine:
                 f"Machine: got launch_ahead_nodes {self.launch_ahead_nodes}, overlap_gain {self.overlap_gain}, wanted at "
                 "least 1, and 0 or more"
             )
+        cuts = [speeds.shares for speeds in self.lane_speeds]
+        if len(cuts) != len(set(cuts)):
+            raise ValueError(f"Machine.lane_speeds: got the shares {cuts}, wanted each pair once")
 
     def rates(self, node_class: str) -> ClassRates:
         return self.classes.get(node_class) or self.classes["default"]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        fields = asdict(self)
+        if not self.lane_speeds:  # a file without the field says that nobody measured
+            del fields["lane_speeds"]
+        return fields
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any], file: str = "machine file") -> Machine:
@@ -131,6 +140,7 @@ class Machine:
             values = dict(fields)
             values["saturation"] = Saturation(**values.get("saturation") or {})
             values["rungs"] = tuple(values.get("rungs", (1.0,)))
+            values["lane_speeds"] = tuple(LaneSpeeds.from_json(each) for each in values.get("lane_speeds", ()))
             values["classes"] = {name: _class_rates(rates) for name, rates in values["classes"].items()}
             return cls(**values)
         except (TypeError, KeyError, ValueError) as error:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from scheduler.nanobatch import split_requests
+from scheduler.nanobatch_contention import Operator
 from scheduler.nanobatch_tables import NanoCosts
-from scheduler.nanobatch_timeline import Operator, ranges_makespan_s
+from scheduler.nanobatch_timeline import ranges_makespan_s
 from scheduler.step import LanePlan
 from scheduler.step_shape import shape_of
 
@@ -27,7 +28,7 @@ class NanoStepCost(NamedTuple):
 
 
 def nano_makespan_s(plan: LanePlan, costs: NanoCosts) -> float:
-    """Each lane at its share, in the order of the ranges, drawing from the same memory. Raises ValueError if the plan has
+    """Each lane at its share, in the order of the ranges, as far as they slow each other. Raises ValueError if the plan has
     no nano-batches."""
     return nano_step_cost(plan, costs).alone_s
 
@@ -49,5 +50,7 @@ def nano_step_cost(plan: LanePlan, costs: NanoCosts) -> NanoStepCost:
         if entry.after:
             first = chains[entry.nano][entry.first]
             chains[entry.nano][entry.first] = first._replace(alone_s=first.alone_s + costs.handoff_s)
-    makespan_s = model.machine.step_overhead_s + ranges_makespan_s(nano.ranges, chains, costs.contention)
+    makespan_s = model.machine.step_overhead_s + ranges_makespan_s(
+        nano.ranges, chains, costs.contention_at(nano.shares)
+    )
     return NanoStepCost(makespan_s, num_bytes, model.step_cost(shape_of(plan.requests, model.window)).compute_s)

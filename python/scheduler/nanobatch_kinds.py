@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from scheduler.nanobatch import MAX_NANO_BATCHES
 from scheduler.nanobatch_search import SMALL_STEP_TOKENS, TILE_TOKENS, NanoStructure, search, structure_at
-from scheduler.nanobatch_tables import ModelTable, NanoCosts, TypicalStep
+from scheduler.nanobatch_tables import NanoCosts, StepTable, TypicalStep
 from scheduler.step_shape import StepShape
 
 # Layers are alike: what a few of them say about cuts and shares holds for all.
@@ -69,7 +69,7 @@ class KindSearch:
         if question in self._num_asked:
             self._num_asked[question] += 1
         elif self._present is None or self._present[0] != question:
-            if num_nano == 0 and ModelTable(self._costs, kind).hideable() < LEAST_PREDICTED_GAIN:
+            if num_nano == 0 and StepTable(self._costs, kind).hideable() < LEAST_PREDICTED_GAIN:
                 self._answers[question] = Answer(None)
                 return self._answers[question]
             self._num_asked[question] = 1
@@ -94,7 +94,7 @@ class KindSearch:
             words = "nothing to hide"
             if structure is not None:
                 words = f"{structure.token_counts} tokens at shares {structure.shares}: {structure.gain:+.1%}"
-            lines.append(f"{kind_words(kind)}: by the model {words}{'' if is_final else ', borrowed'}")
+            lines.append(f"{kind_words(kind)}: by {self._costs.source} {words}{'' if is_final else ', borrowed'}")
         return lines
 
     # Work
@@ -119,7 +119,7 @@ class KindSearch:
 
     def _search(self, question: Question) -> Generator[None, None, NanoStructure | None]:
         kind, num_nano = question
-        few_layers, whole = ModelTable(self._costs, kind, SEARCHED_LAYERS), ModelTable(self._costs, kind)
+        few_layers, whole = StepTable(self._costs, kind, SEARCHED_LAYERS), StepTable(self._costs, kind)
         if num_nano:
             return (yield from search(few_layers, num_nano, whole))
         best: NanoStructure | None = None
@@ -160,7 +160,7 @@ class KindSearch:
         if counts is None:
             return None
         yield
-        return (yield from structure_at(ModelTable(self._costs, kind), counts, found.shares))
+        return (yield from structure_at(StepTable(self._costs, kind), counts, found.shares))
 
     def _most_similar(self, question: Question) -> Question | None:
         """Of the kinds whose search has ended with a structure that pays."""

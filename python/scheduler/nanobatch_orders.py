@@ -8,13 +8,15 @@ the rest depends on: the same answer as trying every order, in far fewer steps.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import product
+from math import factorial
 
 from scheduler.nanobatch_timeline import NanoWork
 
-# States that best_order may walk through; above it only rules are tried.
+# States that best_order may walk through, and orders that may be timed one by one; above them only rules are tried.
 EXACT_STATES = 1200
+EXACT_ORDERS = 300
 OPERATORS_PER_PAUSE = 96  # a rule over a long program yields after so many, so that no step of a search is long
 
 RULES = ("in_turn", "front_first", "feed_memory", "longest_left")
@@ -25,12 +27,35 @@ def lock_step(num_nodes: int, num_nano: int) -> tuple[int, ...]:
     return tuple(range(num_nano)) * num_nodes
 
 
+def num_orders(num_nodes: int, num_nano: int) -> int:
+    """At most, that keep the order of the program within each nano-batch."""
+    return factorial(num_nodes * num_nano) // factorial(num_nodes) ** num_nano
+
+
+def every_order(work: NanoWork) -> Iterator[tuple[int, ...]]:
+    """All that keep the order of the program within each nano-batch, begin in plan order, and have attention over a cut
+    chunk after the attention that appends what it reads."""
+    num_nano, num_nodes = len(work.chains), len(work.is_attention)
+
+    def extend(order: tuple[int, ...], position: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        if len(order) == num_nano * num_nodes:
+            yield order
+        for nano, node in enumerate(position):
+            if node == num_nodes or (nano and not position[nano - 1]):
+                continue
+            if nano and work.is_attention[node] and work.is_cut[nano - 1] and position[nano - 1] <= node:
+                continue
+            yield from extend((*order, nano), (*position[:nano], node + 1, *position[nano + 1 :]))
+
+    return extend((), (0,) * num_nano)
+
+
 def list_order(work: NanoWork, rule: str) -> Generator[None, None, tuple[tuple[int, ...], float]]:
     """(order, its makespan in seconds). Preferred among operators that could start at once: in_turn: of the nano-batch
     that is least far; front_first: of the earlier nano-batch; feed_memory: the one behind which an operator of the memory
     lane comes soonest, so that this lane does not run dry (NanoFlow puts the next layer's QKV before its neighbour's
     output projection for that); longest_left: of the nano-batch with most left to do."""
-    chains, is_cut, is_attention = work
+    chains, is_cut, is_attention, _ = work
     num_nano, num_nodes = len(chains), len(is_attention)
     preference = _preference(work, rule)
     position, ready_s, free_s = [0] * num_nano, [0.0] * num_nano, [0.0, 0.0]
@@ -91,7 +116,7 @@ def _preference(work: NanoWork, rule: str) -> Sequence[Sequence[float]]:
 def best_order(work: NanoWork) -> tuple[tuple[int, ...], float]:
     """(an order of the least makespan, that makespan in seconds); operators do not slow each other. For small work
     (nodes + 1) ** nano-batches up to EXACT_STATES or so."""
-    chains, is_cut, is_attention = work
+    chains, is_cut, is_attention, _ = work
     num_nano, num_nodes = len(chains), len(is_attention)
     # A way to a state: times of the two lanes and of the nano-batches, then the ends of attentions that the next
     # nano-batch has still to wait for; and the order that led there, as a linked list.

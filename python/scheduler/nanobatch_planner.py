@@ -65,7 +65,7 @@ class NanoPlanner:
         """How a step of these requests is cut; None: it is not, and `reason` says why.
 
         num_nano: 2 to 4 as asked for, whether it pays or not (fewer if there are fewer tokens); 0 as many as pay by the
-        cost model and, after the first steps of a kind, by measurement (trial); 1 none. Raises ValueError for others.
+        table and, after the first steps of a kind, by measurement (trial); 1 none. Raises ValueError for others.
         """
         if not 0 <= num_nano <= MAX_NANO_BATCHES:
             raise ValueError(f"NanoPlanner.plan: got num_nano {num_nano}, wanted 0 (best) to {MAX_NANO_BATCHES}")
@@ -86,7 +86,7 @@ class NanoPlanner:
         if answer is None:
             return self._decline("this kind of step is being searched")
         if structure is None or structure.gain < LEAST_PREDICTED_GAIN:
-            return self._decline("one batch is as good by the cost model")
+            return self._decline(f"one batch is as good by {self._costs.source}")
         if not self.trial.chooses_nano(_trial_kind(kind)):
             is_open = self.trial.verdict(_trial_kind(kind)) is None
             return self._decline("one batch, to compare with" if is_open else "measured: no gain")
@@ -114,9 +114,17 @@ class NanoPlanner:
             self._kinds.search_now(kind_of(step.shape(0, step.num_tokens, self._window)), num_nano)
 
     def describe(self) -> list[str]:
-        """For people: what was found for each kind of step, and what measurements said."""
-        found = self._kinds.describe() if self._kinds is not None else []
+        """For people: which table is searched, what was found for each kind of step, and what measurements said."""
+        found = [self._describe_table(), *(self._kinds.describe() if self._kinds is not None else ())]
         return found + [f"trial, {line}" for line in self.trial.describe(kind_words)]
+
+    def _describe_table(self) -> str:
+        if self._costs is None:
+            return "table: none, as the machine was never calibrated or cannot be cut"
+        if not self._costs.is_measured:
+            return "table: the cost model's; this machine file has no lane_speeds, which `partita calibrate` measures"
+        cuts = ", ".join(f"{compute:.0%} beside {memory:.0%}" for compute, memory in self._costs.share_pairs)
+        return f"table: measured, lanes of {cuts}"
 
     # From a structure to a plan
 
@@ -126,7 +134,7 @@ class NanoPlanner:
         token_counts = fit_counts(structure.token_counts, step, shape.num_decodes, shape.num_tokens)
         if token_counts is None:
             return self._decline("too few tokens for the structure that was found")
-        words = f"{len(token_counts)} nano-batches: {structure.gain:+.1%} by the cost model"
+        words = f"{len(token_counts)} nano-batches: {structure.gain:+.1%} by {self._costs.source}"
         # The lanes go with the order: a node whose class is near the border would, on the other lane, stand in the way.
         return self._plan(requests, token_counts, structure.shares, structure.order, words, structure.lanes)
 

@@ -19,8 +19,16 @@ from itertools import combinations
 from typing import NamedTuple
 
 from scheduler.nanobatch import MAX_NANO_BATCHES
-from scheduler.nanobatch_orders import EXACT_STATES, RULES, best_order, list_order
-from scheduler.nanobatch_tables import SOLO, NanoTable
+from scheduler.nanobatch_orders import (
+    EXACT_ORDERS,
+    EXACT_STATES,
+    RULES,
+    best_order,
+    every_order,
+    list_order,
+    num_orders,
+)
+from scheduler.nanobatch_tables import NanoTable
 from scheduler.nanobatch_timeline import NanoWork, makespan_steps, ranges_makespan_s, ranges_of
 
 TILE_TOKENS = 16  # matrix products round up to it, so cuts are at whole tiles
@@ -58,10 +66,11 @@ def cuts(num_tokens: int, num_nano: int) -> list[tuple[int, ...]]:
     ]
 
 
-def makespan_s(work: NanoWork, order: Sequence[int], table: NanoTable) -> float:
-    """Of an order, as the ranges that it becomes."""
+def makespan_s(work: NanoWork, order: Sequence[int]) -> float:
+    """Of an order, as the ranges that it becomes. Raises ValueError if attention over a cut chunk comes before the
+    attention that appends what it reads."""
     ranges = ranges_of(order, work.lanes(), work.is_cut, work.is_attention)
-    return ranges_makespan_s(ranges, work.chains, table.contention)
+    return ranges_makespan_s(ranges, work.chains, work.contention)
 
 
 def search(
@@ -74,14 +83,31 @@ def search(
     ways = cuts(table.num_tokens, num_nano)
     if not ways:
         return None
-    num_nodes = len(table.work(ways[0], SOLO).is_attention)
-    if (num_nodes + 1) ** num_nano <= EXACT_STATES and table.contention is None:
+    if _is_small(table.work(ways[0], table.share_pairs[0])):
         found = yield from _search_all(table, ways)
     else:
         found = yield from _search_in_stages(table, ways)
     if whole is None or whole is table:
         return found
     return (yield from structure_at(whole, found.token_counts, found.shares))
+
+
+def _is_small(work: NanoWork) -> bool:
+    """Every order can be looked at: by states while lanes do not touch each other, else one by one."""
+    num_nano, num_nodes = len(work.chains), len(work.is_attention)
+    if work.contention is None:
+        return (num_nodes + 1) ** num_nano <= EXACT_STATES
+    return num_orders(num_nodes, num_nano) <= EXACT_ORDERS
+
+
+def _best_of_all_orders(work: NanoWork) -> Generator[None, None, tuple[tuple[int, ...], float]]:
+    best: tuple[float, tuple[int, ...]] | None = None
+    for order in every_order(work):
+        order_s = makespan_s(work, order)
+        yield
+        if best is None or order_s < best[0]:
+            best = order_s, order
+    return best[1], best[0]
 
 
 def _search_all(table: NanoTable, ways: Sequence[tuple[int, ...]]) -> Generator[None, None, NanoStructure]:
@@ -91,7 +117,7 @@ def _search_all(table: NanoTable, ways: Sequence[tuple[int, ...]]) -> Generator[
         for counts in ways:
             work = table.work(counts, shares)
             if best is None or max(work.lane_seconds()) < best.makespan_s:
-                order, order_s = best_order(work)
+                order, order_s = best_order(work) if work.contention is None else (yield from _best_of_all_orders(work))
                 if best is None or order_s < best.makespan_s:
                     best = NanoStructure(counts, shares, order, work.lanes(), order_s, sequential_s)
             yield
@@ -107,7 +133,7 @@ def _search_in_stages(table: NanoTable, ways: Sequence[tuple[int, ...]]) -> Gene
         yield
         if len(kept) == STRUCTURES_KEPT and max(work.lane_seconds()) >= kept[-1][0]:
             continue  # even without any wait it would not be among the best
-        found = yield from _best_order_of(table, work, counts, table.share_pairs[position], sequential_s)
+        found = yield from _best_order_of(work, counts, table.share_pairs[position], sequential_s)
         kept.append((found.makespan_s, counts))
         kept.sort()
         del kept[STRUCTURES_KEPT:]
@@ -162,11 +188,11 @@ def _best_at(
 ) -> Generator[None, None, NanoStructure]:
     work = table.work(counts, shares)
     yield
-    return (yield from _best_order_of(table, work, counts, shares, sequential_s))
+    return (yield from _best_order_of(work, counts, shares, sequential_s))
 
 
 def _best_order_of(
-    table: NanoTable, work: NanoWork, counts: tuple[int, ...], shares: tuple[float, float], sequential_s: float
+    work: NanoWork, counts: tuple[int, ...], shares: tuple[float, float], sequential_s: float
 ) -> Generator[None, None, NanoStructure]:
     """The order that is best at these shares before contention, with what contention makes of it."""
     best: tuple[float, tuple[int, ...]] | None = None
@@ -178,7 +204,7 @@ def _best_order_of(
     lanes = work.lanes()
     ranges = ranges_of(best[1], lanes, work.is_cut, work.is_attention)
     yield
-    order_s = yield from makespan_steps(ranges, work.chains, table.contention)
+    order_s = yield from makespan_steps(ranges, work.chains, work.contention)
     return NanoStructure(counts, shares, best[1], lanes, order_s, sequential_s)
 
 

@@ -1,20 +1,22 @@
-"""How long the operators of a nano-batch take at a share of the chip: from the cost model, or from measured tables.
+"""How long the operators of a nano-batch take at a share of the chip: the table that the search looks things up in.
 
-The search asks a table for the work of a step that is cut at certain rows, with certain shares for the two lanes. Solo
-work (shares 1 and 1) is what its first stage sees, where operators do not disturb each other; at real shares operators
-are slower, each by what its class loses (NanoFlow's table R -> P, arXiv 2408.12757 section 4.2).
+The search asks for the work of a step that is cut at certain rows, with certain shares for the two lanes. What an operator
+takes alone on the whole chip is the calibrated cost model's word. What it takes on a share, and beside the other lane, was
+measured where the machine file has lane_speeds (NanoFlow's table R -> P, arXiv 2408.12757, section 4.2); where it has none,
+the cost model's law of shares and its contention for memory stand in.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from scheduler.cost_model import CostModel
+from scheduler.lane_speeds import LaneSpeeds
 from scheduler.model_spec import NodeSpec
 from scheduler.nanobatch import COMPUTE_LANE, MEMORY_LANE
-from scheduler.nanobatch_timeline import Contention, NanoWork, Operator
+from scheduler.nanobatch_contention import BandwidthContention, Contention, MeasuredContention, Operator
+from scheduler.nanobatch_timeline import NanoWork
 from scheduler.step_shape import StepShape
 
 SOLO = (1.0, 1.0)
@@ -22,7 +24,6 @@ SOLO = (1.0, 1.0)
 
 class NanoTable(Protocol):
     num_tokens: int
-    contention: Contention | None
     share_pairs: Sequence[tuple[float, float]]  # (compute lane, memory lane), by rising compute share
 
     def sequential_s(self) -> float:
@@ -32,59 +33,12 @@ class NanoTable(Protocol):
     def work(self, token_counts: Sequence[int], shares: tuple[float, float]) -> NanoWork: ...
 
 
-class MeasuredTable:
-    """Durations that were measured, or made up by a test.
-
-    classes     [node] "compute" or "memory"; attention is where `is_attention` says
-    durations   (node, rows) -> seconds on the whole chip, a function or anything callable
-    achieved    per class: (share, fraction of the solo speed) by rising share, straight between; NanoFlow's R -> P
-    """
-
-    contention = None  # P(R) was measured beside the other class and holds it
-
-    def __init__(
-        self, num_tokens: int, classes: Sequence[str], durations, achieved: Mapping[str, Sequence[tuple[float, float]]],
-        share_pairs: Sequence[tuple[float, float]], is_attention: Sequence[bool] = (), *, has_chunk: bool = True,
-    ) -> None:  # fmt: skip
-        """has_chunk: all rows are one request's, so that every boundary cuts it."""
-        self.num_tokens = num_tokens
-        self.share_pairs = share_pairs
-        self._lanes = [COMPUTE_LANE if name == "compute" else MEMORY_LANE for name in classes]
-        self._durations = durations
-        self._achieved = achieved
-        self._is_attention = tuple(is_attention) or (False,) * len(classes)
-        self._has_chunk = has_chunk
-
-    def sequential_s(self) -> float:
-        return sum(self._durations(node, self.num_tokens) for node in range(len(self._lanes)))
-
-    def work(self, token_counts: Sequence[int], shares: tuple[float, float]) -> NanoWork:
-        speeds = (self._speed("compute", shares[0]), self._speed("memory", shares[1]))
-        chains = tuple(
-            tuple(
-                Operator(lane, self._durations(node, num_rows) / speeds[lane])
-                for node, lane in enumerate(self._lanes)
-            )
-            for num_rows in token_counts
-        )  # fmt: skip
-        return NanoWork(chains, (self._has_chunk,) * (len(token_counts) - 1), self._is_attention)
-
-    def _speed(self, name: str, share: float) -> float:
-        if share == 1.0:
-            return 1.0
-        knots = ((0.0, 0.0), *self._achieved.get(name, ()), (1.0, 1.0))
-        i = max(1, bisect_left(knots, (share, 0.0)))
-        (low, low_speed), (high, high_speed) = knots[i - 1], knots[i]
-        return low_speed + (high_speed - low_speed) * (share - low) / (high - low) if high > low else high_speed
-
-
 class NanoCosts:
-    """The cost model's operators, by nano-batch. Layers are alike, so each distinct node is priced once."""
+    """A model's operators, by nano-batch. Layers are alike, so each distinct node is priced once."""
 
     def __init__(self, model: CostModel) -> None:
         self.model = model
         machine = model.machine
-        self.contention = Contention(machine.shared_bytes_per_s, machine.contention)
         self.nodes = model.spec.nodes()
         self.is_attention = tuple(node.kind == "attention" for node in self.nodes)
         # Waiting for the other lane is taken to cost as much as launching a node; nobody has measured it yet.
@@ -93,9 +47,37 @@ class NanoCosts:
         self._same_as = [alike.setdefault(node._replace(name="", layer=0), i) for i, node in enumerate(self.nodes)]
         self._distinct = sorted(set(self._same_as))
         rungs = [rung for rung in machine.rungs if rung < 1.0]
+        self._by_model = BandwidthContention(machine.shared_bytes_per_s, machine.contention)
+        self._measured = {
+            speeds.shares: (speeds, MeasuredContention(speeds, machine.contention)) for speeds in machine.lane_speeds
+        }
+        # Where the lanes were measured, only cuts that were: a guess beside them would win by being wrong.
         self.share_pairs = tuple(
-            sorted({(1.0 - rung, rung) for rung in rungs} | {(rung, 1.0 - rung) for rung in rungs})
+            sorted(self._measured or {(1.0 - rung, rung) for rung in rungs} | {(rung, 1.0 - rung) for rung in rungs})
         )
+
+    @property
+    def is_measured(self) -> bool:
+        """What operators take on their shares and beside each other is from measurements, not from the cost model."""
+        return bool(self._measured)
+
+    @property
+    def source(self) -> str:
+        """For people."""
+        return "the measured table" if self._measured else "the cost model"
+
+    def contention_at(self, shares: tuple[float, float]) -> Contention:
+        return self._measured[self._nearest(shares)][1] if self._measured else self._by_model
+
+    def _speeds_at(self, shares: tuple[float, float]) -> LaneSpeeds | None:
+        """None: the cost model's."""
+        return self._measured[self._nearest(shares)][0] if self._measured and shares != SOLO else None
+
+    def _nearest(self, shares: tuple[float, float]) -> tuple[float, float]:
+        """Plans in equal parts may name shares that no table has."""
+        if shares in self._measured:
+            return shares
+        return min(self._measured, key=lambda each: (abs(each[0] - shares[0]) + abs(each[1] - shares[1]), each))
 
     def lanes(self, shape: StepShape) -> tuple[int, ...]:
         """Per node, for a nano-batch of this shape: the lane of its resource class."""
@@ -116,18 +98,25 @@ class NanoCosts:
 
     def chain(self, shape: StepShape, lanes: Sequence[int], shares: tuple[float, float]) -> tuple[Operator, ...]:
         """The operators of one nano-batch, without hand-offs."""
-        model, same_as = self.model, self._same_as
+        model, same_as, speeds = self.model, self._same_as, self._speeds_at(shares)
         priced: dict[tuple[int, int], Operator] = {}
         chain = []
         for index, lane in enumerate(lanes):
             key = (same_as[index], lane)
             operator = priced.get(key)
             if operator is None:
-                segments = model.step_cost(shape, shares[lane], (key[0], key[0] + 1)).segments
+                share = shares[lane] if speeds is None else 1.0
+                segments = model.step_cost(shape, share, (key[0], key[0] + 1)).segments
                 busy_s = sum(max(segment.compute_s, segment.memory_s) for segment in segments)
+                alone_s = busy_s + sum(segment.overhead_s for segment in segments)
+                memory_s = sum(segment.memory_s for segment in segments)
+                is_attention = self.is_attention[index]
+                if speeds is not None:  # of the whole node, launch and all, as it was measured
+                    slower = 1.0 / speeds.alone_speed(lane, is_attention)
+                    alone_s, busy_s, memory_s = alone_s * slower, busy_s * slower, memory_s * slower
                 operator = priced[key] = Operator(
-                    lane, busy_s + sum(segment.overhead_s for segment in segments), busy_s,
-                    sum(segment.memory_s for segment in segments), sum(segment.num_bytes for segment in segments),
+                    lane, alone_s, busy_s, memory_s, sum(segment.num_bytes for segment in segments),
+                    alone_s if is_attention else 0.0,
                 )  # fmt: skip
             chain.append(operator)
         return tuple(chain)
@@ -168,15 +157,14 @@ class TypicalStep(NamedTuple):
         return shape
 
 
-class ModelTable:
-    """A typical step by the cost model. max_layers: a search that compares cuts needs no more than a few of the model's
+class StepTable:
+    """A typical step. max_layers: a search that compares cuts needs no more than a few of the model's
     layers, which are alike, and nothing else: beside so few layers the logits would weigh too much. None: all nodes."""
 
     def __init__(self, costs: NanoCosts, step: TypicalStep, max_layers: int | None = None) -> None:
         self._costs = costs
         self._step = step
         self.num_tokens = step.num_tokens
-        self.contention = costs.contention
         self.share_pairs = costs.share_pairs
         self._kept = [
             index for index, node in enumerate(costs.nodes) if max_layers is None or 0 <= node.layer < max_layers
@@ -204,7 +192,8 @@ class ModelTable:
             # Where a chunk begins counts as inside of it: an order that waits there holds for every step like this one.
             is_cut.append(first >= self._step.num_decodes)
         with_handoffs = add_handoffs(chains, is_cut[:-1], self._is_attention, self._costs.handoff_s)
-        return NanoWork(with_handoffs, tuple(is_cut[:-1]), self._is_attention)
+        contention = self._costs.contention_at(shares)
+        return NanoWork(with_handoffs, tuple(is_cut[:-1]), self._is_attention, contention)
 
     def _chain(self, first: int, last: int, shares: tuple[float, float]) -> tuple[Operator, ...]:
         """Kept: a search asks for the same piece beside many others."""

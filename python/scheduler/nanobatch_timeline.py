@@ -8,20 +8,10 @@ of the whole list, no two lanes can wait for each other.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from math import inf
 from typing import Any, NamedTuple
 
 from scheduler.nanobatch import NanoRange
-
-
-class Operator(NamedTuple):
-    """One node of one nano-batch, on its lane's share of the chip with nothing beside it."""
-
-    lane: int
-    alone_s: float
-    busy_s: float = 0.0  # of alone_s, without what launching takes
-    memory_s: float = 0.0  # of busy_s, how long the bytes take when nobody else draws
-    num_bytes: float = 0.0
+from scheduler.nanobatch_contention import Contention, Operator, joined
 
 
 class NanoWork(NamedTuple):
@@ -30,6 +20,7 @@ class NanoWork(NamedTuple):
     chains: tuple[tuple[Operator, ...], ...]  # [nano-batch][node]; all of the same length
     is_cut: tuple[bool, ...]  # per boundary: it lies inside a request's tokens
     is_attention: tuple[bool, ...]  # per node
+    contention: Contention | None = None  # between the lanes, at their shares; None: they do not touch each other
 
     def lanes(self) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple([operator.lane for operator in chain]) for chain in self.chains)
@@ -41,13 +32,6 @@ class NanoWork(NamedTuple):
             for operator in chain:
                 seconds[operator.lane] += operator.alone_s
         return seconds[0], seconds[1]
-
-
-class Contention(NamedTuple):
-    """What two lanes that draw from the same memory do to each other (as cost_model.StepCost has it)."""
-
-    shared_bytes_per_s: float = inf
-    strength: float = 1.0
 
 
 def ranges_of(
@@ -103,8 +87,8 @@ EVENTS_PER_PAUSE = 100  # of makespan_steps: some hundred microseconds
 def ranges_makespan_s(
     ranges: Sequence[NanoRange], chains: Sequence[Sequence[Operator]], contention: Contention | None = None
 ) -> float:
-    """Until the last range ends, in a fluid model: each lane runs its ranges in order; while both are busy, what waits for
-    memory stretches as far as together they want more than there is. contention: None: they do not touch each other."""
+    """Until the last range ends, in a fluid model: each lane runs its ranges in order; while both are busy, each takes
+    longer as far as the contention says. None: they do not touch each other."""
     return finish(makespan_steps(ranges, chains, contention))
 
 
@@ -121,11 +105,10 @@ def makespan_steps(
     ranges: Sequence[NanoRange], chains: Sequence[Sequence[Operator]], contention: Contention | None = None
 ) -> Generator[None, None, float]:
     """ranges_makespan_s, bit by bit."""
-    tasks = [_task(entry, chains[entry.nano]) for entry in ranges]
+    loads = [joined(chains[entry.nano], entry.first, entry.last) for entry in ranges]
     queues: tuple[list[int], list[int]] = ([], [])
     for index, entry in enumerate(ranges):
         queues[entry.lane].append(index)
-    shared, strength = contention or Contention()
     has_ended = [False] * len(ranges)
     heads, running, left_s = [0, 0], [-1, -1], [0.0, 0.0]
     now, num_events = 0.0, 0
@@ -137,7 +120,7 @@ def makespan_steps(
             if running[lane] < 0 and heads[lane] < len(queues[lane]):
                 index = queues[lane][heads[lane]]
                 if all(has_ended[needed] for needed in ranges[index].after):
-                    running[lane], left_s[lane] = index, tasks[index][0]
+                    running[lane], left_s[lane] = index, loads[index][0]
                     heads[lane] += 1
         first, second = running
         if first < 0 and second < 0:
@@ -145,7 +128,7 @@ def makespan_steps(
                 raise ValueError("ranges_makespan_s: the ranges wait for each other in a circle")
             return now
         if first >= 0 and second >= 0:
-            paces = _stretches(tasks[first], tasks[second], shared, strength)
+            paces = contention.stretches(loads[first], loads[second]) if contention is not None else (1.0, 1.0)
             step_s = min(left_s[0] * paces[0], left_s[1] * paces[1])
         else:
             paces = (1.0, 1.0)
@@ -155,30 +138,6 @@ def makespan_steps(
             index = running[lane]
             if index >= 0:
                 left_s[lane] -= step_s / paces[lane]
-                if left_s[lane] <= 1e-15 + 1e-12 * tasks[index][0]:
+                if left_s[lane] <= 1e-15 + 1e-12 * loads[index][0]:
                     has_ended[index] = True
                     running[lane] = -1
-
-
-def _task(entry: NanoRange, chain: Sequence[Operator]) -> tuple[float, float, float, float]:
-    alone_s = busy_s = memory_s = num_bytes = 0.0
-    for node in range(entry.first, entry.last):
-        _, node_alone_s, node_busy_s, node_memory_s, node_bytes = chain[node]
-        alone_s += node_alone_s
-        busy_s += node_busy_s
-        memory_s += node_memory_s
-        num_bytes += node_bytes
-    return alone_s, busy_s, memory_s, num_bytes
-
-
-def _stretches(first: tuple, second: tuple, shared: float, strength: float) -> tuple[float, float]:
-    """How many times longer each takes beside the other."""
-    demands = [task[3] / task[0] if task[0] > 0.0 else 0.0 for task in (first, second)]
-    excess = (demands[0] + demands[1]) / shared - 1.0
-    if excess <= 0.0 or demands[0] <= 0.0 or demands[1] <= 0.0:
-        return 1.0, 1.0
-    stretched = []
-    for alone_s, busy_s, memory_s, _ in (first, second):
-        slowed_s = memory_s * (1.0 + strength * excess) - busy_s
-        stretched.append(1.0 + max(0.0, slowed_s) / alone_s)
-    return stretched[0], stretched[1]

@@ -32,17 +32,18 @@ class Flight(NamedTuple):
 
 
 class PlanCommits:
-    """Owns the rows that are free, the plans in flight and their numbers."""
+    """Owns the plans in flight and their numbers."""
 
     def __init__(
-        self, config: SchedulerConfig, pages: RequestPages, running: RunningList, run_lives: RunLives, window: int
-    ) -> None:
+        self, config: SchedulerConfig, pages: RequestPages, running: RunningList, run_lives: RunLives, free_rows: list[int],
+        window: int,
+    ) -> None:  # fmt: skip
         self._config = config
         self._pages = pages
         self._running = running
         self._run_lives = run_lives
         self._window = window  # tokens that a query of a windowed layer sees; 0: no such layers
-        self.free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._free_rows = free_rows
         self.lanes: list[deque[Flight]] = [deque() for _ in range(config.num_lanes)]
         self.num_prefix_query_tokens = 0
         self.num_prefix_hit_tokens = 0
@@ -121,7 +122,7 @@ class PlanCommits:
             if match is not None and match.copy_node is not None:
                 copies.extend(self._pages.copy_matched_part(request, match.copy_node))
                 copy_sources.append(match.copy_node)
-            request.row = row = self.free_rows.pop()
+            request.row = row = self._free_rows.pop()
             request.status = RequestStatus.RUNNING
             self._running.add(request)
             if request.first_scheduled_s is None:

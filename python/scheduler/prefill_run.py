@@ -22,7 +22,7 @@ class PrefillRun:
     """Written by scheduler.py alone."""
 
     __slots__ = (
-        "bounds", "copy_sources", "cursor", "executed_s", "is_doomed", "is_pausing", "lead", "num_tokens", "part_started_s",
+        "_lead", "bounds", "copy_sources", "cursor", "executed_s", "is_doomed", "is_pausing", "num_tokens", "part_started_s",
         "plan", "requests", "run_id", "scheduled", "shape", "started_s",
     )  # fmt: skip
 
@@ -32,7 +32,7 @@ class PrefillRun:
     ) -> None:  # fmt: skip
         self.run_id = run_id
         self.requests = requests
-        self.lead = min(requests, key=lambda request: request.rank)  # whose turn it is: the run has its rank
+        self._lead = min(requests, key=lambda request: request.rank)
         self.scheduled = scheduled  # without new pages, as later parts repeat it
         self.shape = shape
         self.num_tokens = shape.num_tokens
@@ -45,6 +45,16 @@ class PrefillRun:
         self.started_s = started_s
         self.executed_s = 0.0  # that its parts took so far, from plan to result
         self.part_started_s = started_s
+
+    @property
+    def lead(self) -> Request:
+        """Whose turn it is: the run has its rank. When it has left, the first of those that are still here: a rank that
+        nobody changes any more would keep them back."""
+        if self._lead.finish_reason is not None:
+            left = [request for request in self.requests if request.finish_reason is None]
+            if left:
+                self._lead = min(left, key=lambda request: request.rank)
+        return self._lead
 
     @property
     def is_resting(self) -> bool:

@@ -55,10 +55,10 @@ class RunLives:
         if ended_at < self._num_nodes and not result.failed:
             run.cursor = ended_at
             run.executed_s += now - run.part_started_s
-            self.num_pauses += result.cursor is not None
             # Between two turns of one lane it goes on executing, as far as its order is concerned: it shares the chip with
             # decodes.
             was_paused = result.cursor is not None
+            self.num_pauses += was_paused and not run.is_doomed  # who gives its pages away makes way for nobody's turn
             if was_paused and self._order is not None and run.lead.status is RUNNING:
                 self._order.paused(run.lead, run.executed_s, now)
             if run.is_doomed or all(request.status is not RUNNING for request in run.requests):

@@ -12,21 +12,18 @@ i+1 names the position whose token plan i is sampling, which is known to exist (
 value is not. When plan i's result ends the request, what plan i+1 yields for it is dropped. Ends by length are
 foreseen, so never overrun.
 
-A request that ends or is preempted keeps its row and its pages until no plan in flight names it ("draining").
-Single-threaded: the engine's thread calls everything here.
+What becomes of requests is in request_lives.py, of prefills that go in parts in run_lives.py. Single-threaded: the engine's
+thread calls everything here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 from scheduler.arrangement import PREFILL_LANE
 from scheduler.composer import Composer
 from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel
-from scheduler.goodput import GoodputCounter, GoodputStats, outcome_of
 from scheduler.lane_planner import LanePlanner, controller_for
 from scheduler.model_spec import ModelSpec
 from scheduler.nanobatch import NanoPlan
@@ -37,8 +34,10 @@ from scheduler.policy import policy_named, with_preset
 from scheduler.prefill_run import RunTable
 from scheduler.queues import RunningList, WaitingQueue
 from scheduler.request import Request, RequestStatus
+from scheduler.request_lives import RequestLives
 from scheduler.request_pages import RequestPages
 from scheduler.run_lives import RunLives
+from scheduler.scheduler_stats import SchedulerStats
 from scheduler.step import (
     AbortRequest,
     Arrival,
@@ -59,25 +58,6 @@ MISSING = -2  # no token where one was due; -1 is the contract's "the logits wer
 make_tuple = tuple.__new__
 
 
-class SchedulerStats(NamedTuple):
-    """A snapshot for metrics. Counters count from the scheduler's start."""
-
-    num_running: int  # requests that hold a row and may be scheduled
-    num_waiting: int
-    num_draining: int  # ended or preempted, still named by a plan in flight
-    num_free_pages: int
-    num_cached_pages: int  # in the prefix cache and evictable
-    num_live_pages: int  # held by requests
-    kv_usage: float  # live / total, 0..1
-    num_preemptions: int
-    num_prefix_query_tokens: int  # prompt tokens of admitted requests
-    num_prefix_hit_tokens: int  # of those, found in the prefix cache
-    goodput: GoodputStats = GoodputStats()  # service levels kept and missed
-    num_pauses: int = 0  # prefills that stopped for one that ranks before them
-    num_moves: int = 0  # of the border between prefill and decode
-    arrangements: Mapping[str, int] = MappingProxyType({})  # what the controller decided -> times
-
-
 class Scheduler:
     def __init__(
         self, config: SchedulerConfig, cost_model: CostModel | None = None, spec: ModelSpec | None = None
@@ -89,38 +69,34 @@ class Scheduler:
         self.cost_model = cost_model
         self._policy = policy_named(config.policy)
         self._pages = RequestPages(config)
-        self._requests: dict[str, Request] = {}  # every request that has no finish reason yet
         self._waiting = WaitingQueue()
         self._running = RunningList()
-        self._draining: set[Request] = set()
         self._runs = RunTable()
         self._outlook = Outlook(config, cost_model, self._running, self._waiting, self._runs, self._pages)
-        self._peak = self._policy.peak(config) if self._policy.peak is not None else None
-        self._composer = Composer(
-            config, self._policy, self._running, self._waiting, self._pages, self._preempt, lambda: bool(self._draining),
-            self._outlook, self._peak,
-        )  # fmt: skip
         self._controller = controller_for(config, self._policy, cost_model)
+        self._order = self._policy.order(config, cost_model) if self._policy.order is not None else None
+        peak = self._policy.peak(config) if self._policy.peak is not None else None
+        self._lives = lives = RequestLives(
+            config, self._policy, self._pages, self._waiting, self._running, order=self._order,
+            controller=self._controller, peak=peak,
+        )  # fmt: skip
+        self._composer = Composer(
+            config, self._policy, self._running, self._waiting, self._pages, lives.preempt, lambda: len(lives.draining),
+            self._outlook, peak,
+        )  # fmt: skip
         self._planner: LanePlanner | None = None  # None: plans are the composer's, whole and of one lane's kind
         if self._controller is not None:
-            self._planner = LanePlanner(
-                config, self._policy, self._controller, self._composer, self._outlook, self._runs
-            )
-        self._order = self._policy.order(config, cost_model) if self._policy.order is not None else None
+            self._planner = LanePlanner(config, self._controller, self._composer, self._outlook, self._runs)
         self._run_lives = RunLives(
-            config.num_nodes, self._runs, self._pages, self._order, preempt=self._preempt, drained=self._drained
+            config.num_nodes, self._runs, self._pages, self._order, preempt=lives.preempt, drained=lives.drained
         )
+        lives.run_lives = self._run_lives
         self.nano = NanoPlanner(config, cost_model, spec) if config.nano_batches != "off" else None
         self._outlook.nano = self.nano
-        self._commits = PlanCommits(
-            config, self._pages, self._running, self._run_lives, cost_model.window if cost_model is not None else 0
-        )
+        window = cost_model.window if cost_model is not None else 0
+        self._commits = PlanCommits(config, self._pages, self._running, self._run_lives, lives.free_rows, window)
         self._lanes = self._commits.lanes
-        self._free_rows = self._commits.free_rows
-        self._outputs: list[TokenOutput] = []
-        self._num_arrivals = 0
-        self._num_preemptions = 0
-        self._goodput = GoodputCounter()
+        self._free_rows = lives.free_rows
 
     def on_event(self, event: Event, now: float) -> list[LanePlan]:
         """Takes one event and returns the plans it made possible, in the order in which each lane must run them.
@@ -142,8 +118,7 @@ class Scheduler:
 
     def take_outputs(self) -> list[TokenOutput]:
         """What happened since the last call, in order."""
-        outputs, self._outputs = self._outputs, []
-        return outputs
+        return self._lives.take_outputs()
 
     def take_orders(self) -> list[Order]:
         """What to do with plans in flight and runs at rest, since the last call, after the plans were launched."""
@@ -151,7 +126,7 @@ class Scheduler:
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._requests)
+        return len(self._lives.unfinished)
 
     @property
     def num_plans_in_flight(self) -> int:
@@ -160,7 +135,7 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Nothing to do and nothing in flight: every page is free or cached."""
-        return not self._requests and not any(self._lanes) and not self._runs
+        return not self._lives.unfinished and not any(self._lanes) and not self._runs
 
     @property
     def kv_usage(self) -> float:
@@ -173,15 +148,15 @@ class Scheduler:
         return SchedulerStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
-            num_draining=len(self._draining),
+            num_draining=len(self._lives.draining),
             num_free_pages=pages.num_free_pages,
             num_cached_pages=pages.num_evictable_pages,
             num_live_pages=num_live,
             kv_usage=num_live / pages.num_pages,
-            num_preemptions=self._num_preemptions,
+            num_preemptions=self._lives.num_preemptions,
             num_prefix_query_tokens=self._commits.num_prefix_query_tokens,
             num_prefix_hit_tokens=self._commits.num_prefix_hit_tokens,
-            goodput=self._goodput.stats(),
+            goodput=self._lives.goodput.stats(),
             num_pauses=self._run_lives.num_pauses,
             num_moves=self._planner.num_moves if self._planner is not None else 0,
             arrangements=dict(self._planner.counts) if self._planner is not None else {},
@@ -196,7 +171,7 @@ class Scheduler:
 
         Walks all pages: cheap enough for whenever the engine is idle, and for every step of a test.
         """
-        holders = [*self._running, *self._draining]
+        holders = [*self._running, *self._lives.draining]
         self._pages.check_integrity(holders)
         rows = [request.row for request in holders] + self._free_rows
         if sorted(rows) != list(range(self.config.max_num_seqs)):
@@ -223,45 +198,13 @@ class Scheduler:
         if isinstance(event, LaneFinished):
             self._land(event.result, now)
         elif isinstance(event, Arrival):
-            self._arrive(event.request, now)
+            self._lives.arrive(event.request, now)
         elif isinstance(event, AbortRequest):
-            request = self._requests.get(event.request_id)
+            request = self._lives.unfinished.get(event.request_id)
             if request is not None:  # else it ended while the abort was on its way
-                self._finish(request, event.reason, now)
+                self._lives.finish(request, event.reason, now)
         elif not isinstance(event, (CopyDone, Timer)):  # those change nothing by themselves: they wake the planner
             raise TypeError(f"Scheduler: got event {type(event).__name__}, wanted one of scheduler.step.Event")
-
-    def _arrive(self, request: Request, now: float) -> None:
-        if request.request_id in self._requests:
-            raise ValueError(f"Arrival: request id {request.request_id!r} is in use by an unfinished request")
-        why = self._refusal(request)
-        if why is not None:
-            request.status = FINISHED
-            request.finish_reason = "error"
-            self._outputs.append(TokenOutput(request.request_id, (), "error", None, 0, why))
-            return
-        self._num_arrivals += 1
-        if self._order is not None:
-            request.rank = self._order.rank(request, self._num_arrivals, now)
-        else:
-            request.rank = self._policy.rank(request, self._num_arrivals)
-        self._requests[request.request_id] = request
-        self._waiting.push(request)
-
-    def _refusal(self, request: Request) -> str | None:
-        """Why the request could never end even if it ran alone, or None."""
-        asked = f"{request.num_prompt_tokens} prompt tokens + up to {request.max_tokens} generated"
-        if request.max_num_tokens > self.config.max_model_len:
-            return f"{asked} = {request.max_num_tokens} tokens; the context holds {self.config.max_model_len}"
-        num_needed = self._pages.pages_alone(request.max_num_tokens - 1)  # the last token never needs KV
-        num_pages = self._pages.num_pages
-        if num_needed > num_pages:
-            num_per_group = num_pages // self._pages.num_kv_groups
-            return (
-                f"{asked} need KV for {request.max_num_tokens - 1} tokens ({num_needed} pages); "
-                f"{num_per_group * self._pages.page_size} tokens are available ({num_pages} pages)"
-            )
-        return None
 
     def _land(self, result: LaneResult, now: float) -> None:
         """A plan's result: its tokens are computed, its samples known."""
@@ -277,14 +220,14 @@ class Scheduler:
 
         token_of = dict(result.sampled)
         why_failed = dict(result.failed)
-        pages, outputs, frees_windows = self._pages, self._outputs, self._pages.frees_windows
+        pages, outputs, frees_windows = self._pages, self._lives.outputs, self._pages.frees_windows
         for request, (request_id, _, _, num_tokens, _, samples) in zip(
             flight.requests, flight.plan.requests, strict=True
         ):
             request.num_plans_in_flight -= 1
             if request.status is FINISHED:
                 if request.num_plans_in_flight == 0:
-                    self._drained(request)
+                    self._lives.drained(request)
                 continue
             token_id = token_of.get(request_id, MISSING) if samples else 0
             if token_id < 0 or (why_failed and request_id in why_failed):
@@ -292,7 +235,7 @@ class Scheduler:
                 missing = (
                     "the lane's result names no token for it" if token_id == MISSING else "the logits were not finite"
                 )
-                self._finish(request, "error", now, why_failed.get(request_id, missing))
+                self._lives.finish(request, "error", now, why_failed.get(request_id, missing))
                 continue
 
             num_computed = request.num_computed_tokens = request.num_computed_tokens + num_tokens
@@ -312,90 +255,15 @@ class Scheduler:
                     finish_reason = "length"
                 first_s = None
                 if num_outputs == 1:
-                    first_s, request.first_token_s = request.first_scheduled_s, now
-                    if self._controller is not None:
-                        self._controller.hear_first_token(request, now)
-                    if self._order is not None:
-                        self._order.ended(request)
+                    first_s = request.first_scheduled_s
+                    self._lives.has_first_token(request, now)
                 num_cached = request.num_cached_tokens
                 output = (request_id, (token_id,), finish_reason, stop_token_id, num_cached, None, first_s)
                 outputs.append(make_tuple(TokenOutput, output))
                 if finish_reason is not None:
-                    self._retire(request, finish_reason, now)
+                    self._lives.retire(request, finish_reason, now)
             if request.status is PREEMPTED and request.num_plans_in_flight == 0:
-                self._drained(request)
-
-    # Lives and ends
-
-    def _finish(self, request: Request, reason: str, now: float, error: str | None = None) -> None:
-        """Ends a request for a reason that is no token."""
-        first_scheduled = None if request.output_token_ids else request.first_scheduled_s
-        self._outputs.append(
-            TokenOutput(request.request_id, (), reason, None, request.num_cached_tokens, error, first_scheduled)
-        )
-        self._retire(request, reason, now)
-
-    def _retire(self, request: Request, reason: str, now: float) -> None:
-        was_running = request.status is RUNNING
-        is_holding = was_running or request in self._draining
-        request.status = FINISHED
-        request.finish_reason = reason
-        del self._requests[request.request_id]
-        if reason in ("stop", "length", "error"):  # an abort says nothing of how well it was served
-            self._count_goodput(request, reason, now)
-            if self._controller is not None:
-                self._controller.hear_finished(request, now)
-        if self._order is not None:
-            self._order.ended(request)
-        if self._peak is not None:
-            self._peak.hear_finished(request)
-        if was_running:
-            self._running.remove(request)
-        if is_holding:
-            self._drain(request)
-        else:
-            self._waiting.remove(request)
-        run = request.run
-        if run is not None and run.is_resting and all(other.status is not RUNNING for other in run.requests):
-            self._run_lives.drop(run)
-
-    def _preempt(self, request: Request) -> None:
-        """Preemption by recompute: known tokens are computed again, as far as the prefix cache forgot them."""
-        request.status = PREEMPTED
-        request.num_preemptions += 1
-        self._num_preemptions += 1
-        if self._peak is not None:
-            self._peak.hear_preempted()
-        self._running.remove(request)
-        self._drain(request)
-        if request.run is not None:
-            self._run_lives.leave(request)
-
-    def _count_goodput(self, request: Request, reason: str, now: float) -> None:
-        arrival_s, first_token_s = request.arrival_s, request.first_token_s
-        outcome = outcome_of(
-            request.ttft_s, request.tpot_s, request.deadline_s,
-            first_token_s=None if first_token_s is None else first_token_s - arrival_s, end_s=now - arrival_s,
-            num_tokens=request.num_output_tokens,
-        )  # fmt: skip
-        self._goodput.add(outcome, request.num_output_tokens, has_failed=reason == "error")
-
-    def _drain(self, request: Request) -> None:
-        """Row and pages go back now, or with the last result that names the request."""
-        self._draining.add(request)
-        if request.num_plans_in_flight == 0:
-            self._drained(request)
-
-    def _drained(self, request: Request) -> None:
-        self._draining.discard(request)
-        self._pages.release(request)
-        self._free_rows.append(request.row)
-        request.row = None
-        if request.status is PREEMPTED:
-            request.num_computed_tokens = request.next_start = 0
-            request.num_expected_tokens = request.num_known_tokens
-            request.admission_threshold = 0
-            self._waiting.push(request)
+                self._lives.drained(request)
 
     # Plans
 

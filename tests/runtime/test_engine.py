@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from runtime.messages import Abort
-from tests.kit.engines import load, running_engine
+from scheduler.controllers import layered
+from tests.kit.engines import EngineUnderTest, engine_args, load, running_engine
 from tests.kit.tiny_models import write_tiny_model
 
 
@@ -112,14 +113,21 @@ def test_service_levels_reach_the_scheduler_and_goodput_comes_back(tiny):
     assert (goodput["num_tpot_kept"], goodput["num_deadlines"], goodput["num_deadlines_kept"]) == (1, 1, 0)
 
 
-def test_lower_priority_numbers_run_first(tiny):
+def test_lower_priority_numbers_run_first(tiny, monkeypatch):
     path, loaded = tiny
     with running_engine(path, loaded=loaded, max_model_len=256, max_num_seqs=1) as engine:
-        running = engine.submit(random_prompt(loaded, 5, 10), max_tokens=240)
-        engine.wait_until(lambda: engine.answers[running].token_ids)
-        late = engine.submit(random_prompt(loaded), max_tokens=2, priority=5)
-        urgent = engine.submit(random_prompt(loaded), max_tokens=2, priority=-5)
-        engine.wait(late)
+        runner, launch = engine.engine._runner, engine.engine._runner.launch
+        others: list[str] = []
+
+        def launch_and_submit(plan):
+            launch(plan)
+            if not others:  # from the step loop: a test's own thread may come when the first request has ended
+                others.extend(engine.submit(random_prompt(loaded), max_tokens=2, priority=p) for p in (5, -5))
+
+        monkeypatch.setattr(runner, "launch", launch_and_submit)
+        running = engine.submit(random_prompt(loaded, 5, 10), max_tokens=20)
+        engine.wait_until(lambda: len(engine.finished) == 3)
+        late, urgent = others
         assert engine.finished == [running, urgent, late]
 
 
@@ -156,3 +164,59 @@ def test_shutdown_with_drain_lets_them_finish(tiny):
         ids = [engine.submit(random_prompt(loaded), max_tokens=10) for _ in range(5)]
         engine.engine.shutdown(drain_seconds=60)
         assert all(engine.answers[id].finish_reason == "length" for id in ids)
+
+
+def test_who_comes_after_the_end_is_told_so(tiny):
+    """A server that closes still has callers under way: their message must not lie in an inbox that nobody reads."""
+    path, loaded = tiny
+    with running_engine(path, loaded=loaded, max_model_len=256) as engine:
+        engine.engine.shutdown()
+        late = engine.submit(random_prompt(loaded), max_tokens=2)
+        answer = engine.answers[late]
+        assert (answer.finish_reason, answer.error) == ("error", "the engine has shut down")
+
+
+class ClosedTrace:
+    """A trace that counts."""
+
+    has_nodes = False
+
+    def __init__(self):
+        self.num_steps = self.num_closed = 0
+
+    def add(self, completion, plan) -> None:
+        self.num_steps += 1
+        if self.num_steps == 3:
+            raise RuntimeError("the trace is full")
+
+    def close(self) -> None:
+        self.num_closed += 1
+
+
+def test_an_engine_that_died_answers_everybody_and_closes_its_trace(tiny):
+    path, loaded = tiny
+    trace = ClosedTrace()
+    engine = EngineUnderTest(loaded, engine_args(path, max_model_len=256), trace)
+    ids = [engine.submit(random_prompt(loaded), max_tokens=100) for _ in range(4)]
+    for id in ids:
+        answer = engine.wait(id)
+        assert answer.finish_reason == "error" and "the trace is full" in answer.error
+    late = engine.submit(random_prompt(loaded), max_tokens=2)
+    assert "the trace is full" in engine.wait(late).error
+    assert "the trace is full" in engine.engine.stats()["fatal"]
+    engine.engine.shutdown()
+    engine.engine.shutdown()
+    assert trace.num_closed == 1
+
+
+def test_tokens_of_a_prompt_that_goes_in_parts_are_counted_once(tiny, monkeypatch):
+    path, loaded = tiny
+    monkeypatch.setattr(layered, "_TOKENS_OF_GROUPS", ((8, 1), (512, 2)))
+    options = {"max_model_len": 256, "enable_prefix_caching": False, "prefill": "layer"}
+    with running_engine(path, loaded=loaded, **options) as engine:
+        prompt = random_prompt(loaded, 60, 61)
+        engine.run([prompt], max_tokens=5)
+        assert engine.engine.wait_idle(30)
+        stats = engine.engine.stats()
+    assert stats["steps"] == 2 + 4, "the prompt did not go in two parts"
+    assert stats["step_tokens"] == len(prompt) + 4

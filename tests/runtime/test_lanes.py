@@ -134,7 +134,8 @@ class Driver:
         plan = self.launch(1, (cursor, last), (scheduled(row, 0, len(self.prompts[row])),), run_id)
         self.parts.append((plan, row))
         if self.pauses and self.rng.random() < 0.5:
-            time.sleep(self.rng.uniform(0.0, 5e-4))
+            if self.rng.random() < 0.5:
+                time.sleep(self.rng.uniform(0.0, 5e-4))
             self.runner.carry_out([PausePlan(plan.plan_id, 1)])
 
     def plan_decodes(self) -> None:
@@ -182,6 +183,9 @@ class Driver:
         return self.tokens
 
 
+MOST_ROUNDS = 200
+
+
 def num_rounds(loaded) -> int:
     return 12 if loaded.device.gpu is None else 2
 
@@ -189,18 +193,20 @@ def num_rounds(loaded) -> int:
 @pytest.mark.parametrize("lanes", ["auto", "50:50", "100:100"])
 def test_prompts_in_parts_beside_decodes_on_moving_parts_of_the_chip(loaded, prompts, expected, lanes):
     runner = make_runner(loaded, lanes, max_resting_runs=NUM_ROWS)
-    num_pauses = num_drops = num_overlaps = 0
-    for seed in range(num_rounds(loaded)):
+    num_pauses = num_drops = num_overlaps = seed = 0
+    can_pause = loaded.device.gpu is None
+    # A pause that comes late finds its run over; on a busy machine many do, so rounds go on until one came in time.
+    while seed < num_rounds(loaded) or (can_pause and not num_pauses and seed < MOST_ROUNDS):
         admit(runner, prompts)
         driver = Driver(runner, prompts, seed, pauses=True, drops=True)
         assert driver.run() == expected, seed
         num_pauses += driver.num_pauses
         num_drops += driver.num_drops
         num_overlaps += driver.num_overlaps
+        seed += 1
         assert runner._frames.num_resting == 0
     assert num_overlaps > 0 and num_drops > 0
-    if loaded.device.gpu is None:
-        assert num_pauses > 0
+    assert num_pauses > 0 or not can_pause
 
 
 def test_plans_of_a_role_follow_each_other_across_the_border(loaded, prompts, expected):

@@ -122,8 +122,8 @@ def test_auto_tries_measures_and_keeps_to_the_answer(loaded, prompts, expected, 
                 break
     assert decided, lines
     for line in decided:
-        gain = float(line.split("(")[-1].split("%")[0])
-        assert (": cut: " in line) == (gain >= 3.0), line
+        gain = float(line.split("(")[-1].split("%")[0])  # rounded: 3.0 may be a little less
+        assert gain == 3.0 or (": cut: " in line) == (gain > 3.0), line
     num_cut = sum(plan.nano is not None for plan, _ in trace.steps)
     assert num_cut > 0
     if not any(": cut: " in line for line in lines):

@@ -90,7 +90,7 @@ def record(one: Simulation, controller: Controller | None = None) -> Recorder:
     """Puts a recorder, or another controller, in the place of the scheduler's own."""
     scheduler = one.scheduler
     recorder = Recorder(controller or scheduler._controller)
-    scheduler._controller = scheduler._planner._controller = recorder
+    scheduler._controller = scheduler._planner._controller = scheduler._lives._controller = recorder
     return recorder
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import pytest
@@ -13,6 +13,7 @@ from scheduler.machine import ClassRates, Machine, Saturation
 from scheduler.model_spec import ModelSpec
 from scheduler.step import ScheduledRequest
 from scheduler.step_shape import shape_of
+from tests.kit.lane_speeds import lane_speeds
 
 SPEC = ModelSpec("small", 256, 4, 4, 2, 64, 512, 1000)
 
@@ -176,24 +177,18 @@ def test_the_hosts_part_of_a_step_counts_everywhere_but_in_its_nodes():
     assert all(correction == pytest.approx(1.0) for correction in host.corrections.values())
 
 
-def test_a_class_is_corrected_alone():
-    model = CostModel(SPEC, machine())
-    before = model.step_cost(DECODES)
-    for _ in range(200):
-        model.observe_class("attention_decode", 1.0, 2.0)
-    after = {s.node_class: s.duration_s for s in model.step_cost(DECODES).segments}
-    for segment in before.segments:
-        if segment.node_class == "attention_decode":
-            assert after["attention_decode"] > 1.9 * segment.duration_s
-    assert model.corrections.keys() == {"attention_decode"}
-
-
 def test_a_machine_file_says_the_same_after_a_round_trip(tmp_path):
+    speeds = lane_speeds((0.5, 0.5), (0.6, 0.8), (0.5, 0.4), linear__attention_decode=(0.55, 0.7))
     original = machine(saturation=Saturation(0.6, 1.0, 0.5), rungs=(0.5, 1.0), held_out_error=0.04, model="small")
     original = replace(original, host_s_per_step=1e-4, host_s_per_request=1e-5, overlap_gain=0.1, launch_ahead_nodes=8)
+    original = replace(original, lane_speeds=(speeds, replace(speeds, shares=(0.25, 0.75))))
     original.save(tmp_path / "m.json")
     assert Machine.load(tmp_path / "m.json") == original
+    assert Machine.load(tmp_path / "m.json").lane_speeds[0].pair_stretches(False, True) == (0.6 / 0.55, 0.8 / 0.7)
     older = original.to_json()
+    del older["lane_speeds"]
+    assert Machine.from_json(older).lane_speeds == ()
+    assert "lane_speeds" not in Machine.from_json(older).to_json()  # its absence says that nobody measured
     for name in ("host_s_per_step", "host_s_per_request", "overlap_gain", "launch_ahead_nodes"):
         del older[name]
     read = Machine.from_json(older)  # files from before these fields were there
@@ -209,6 +204,8 @@ def test_a_machine_file_says_the_same_after_a_round_trip(tmp_path):
 def test_machines_that_ship_load_and_say_where_their_numbers_come_from(name):
     loaded = Machine.load(name)
     assert loaded.source.startswith(("public numbers", "measured by partita calibrate"))
+    if loaded.source.startswith("public numbers"):
+        assert loaded.lane_speeds == ()
     assert CostModel(SPEC, loaded).step_s(PROMPT) > CostModel(SPEC, loaded).step_s(DECODES) > 0
 
 
@@ -221,6 +218,9 @@ def test_machines_that_ship_load_and_say_where_their_numbers_come_from(name):
         ({"host_s_per_step": -1.0}, "below 0"),
         ({"launch_ahead_nodes": 0}, "launch_ahead_nodes"),
         ({"colour": "red"}, "colour"),
+        ({"lane_speeds": [{"shares": [0.5, 0.5], "alone": {}, "beside": []}]}, "LaneSpeeds.alone: compute"),
+        ({"lane_speeds": [{"shares": [0.5, 0.6], "alone": {}, "beside": []}]}, "LaneSpeeds.shares"),
+        ({"lane_speeds": 2 * [asdict(lane_speeds((0.5, 0.5), (0.6, 0.6), (0.5, 0.5)))]}, "each pair once"),
     ],
 )
 def test_a_broken_machine_file_is_refused_by_name(change, message, tmp_path):
@@ -230,3 +230,11 @@ def test_a_broken_machine_file_is_refused_by_name(change, message, tmp_path):
         Machine.load(path)
     with pytest.raises(ValueError, match="h100-sxm"):
         Machine.load("abacus")
+
+
+def test_lane_speeds_name_what_is_wrong():
+    with pytest.raises(ValueError, match="beside: got a speed that is not above 0"):
+        lane_speeds((0.5, 0.5), (0.6, 0.6), (0.5, 0.0))
+    good = lane_speeds((0.5, 0.5), (0.6, 0.6), (0.5, 0.5))
+    with pytest.raises(ValueError, match="wanted every compute class with every memory class"):
+        replace(good, beside=good.beside[1:])

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from scheduler import SchedulerConfig
-from scheduler.composer import Composer
+from scheduler.composed_pages import ComposedPages
 from scheduler.cost_model import CostModel
 from scheduler.machine import Machine
 from scheduler.simulator import ModelCosts, Report, Simulation
@@ -49,13 +49,13 @@ def tokens_before_the_last_admission(budget: int) -> set[int]:
 def test_while_prompts_wait_every_step_has_exactly_the_budget(budget, monkeypatch):
     assert tokens_before_the_last_admission(budget) == {budget}
     # Switched off: a prompt that does not fit what is left waits for a step of its own instead of being cut.
-    admit = Composer._admit
+    admit = ComposedPages.admit
 
     def admit_whole(self, request, composition, is_idle):
         fits = request.num_known_tokens <= composition.budget or not composition.shares
         return fits and admit(self, request, composition, is_idle)
 
-    monkeypatch.setattr(Composer, "_admit", admit_whole)
+    monkeypatch.setattr(ComposedPages, "admit", admit_whole)
     assert len(tokens_before_the_last_admission(budget)) > 1
 
 

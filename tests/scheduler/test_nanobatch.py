@@ -21,6 +21,7 @@ from scheduler.nanobatch_planner import NanoPlanner, class_lanes, equal_counts
 from scheduler.nanobatch_tables import NanoCosts, TypicalStep
 from scheduler.step import LanePlan, ScheduledRequest
 from scheduler.step_shape import shape_of
+from tests.kit.lane_speeds import lane_speeds
 
 SMALL = ModelSpec("small", 256, 4, 4, 2, 64, 512, 1000)
 # Norms of their own, windows in two layers of three, a soft cap: more kinds of nodes
@@ -221,6 +222,47 @@ def test_fitted_counts_add_up_and_keep_cuts_among_decodes_and_chunks(num_decodes
         assert fitted_bound <= num_decodes if bound <= 128 else fitted_bound >= num_decodes
     equal = equal_counts(num_decodes + num_chunk_tokens, num_nano)
     assert sum(equal) == num_decodes + num_chunk_tokens and min(equal) > 0 and max(equal) - min(equal) <= 32
+
+
+def measured_answer(beside: tuple[float, float]) -> tuple[NanoPlan | None, NanoPlanner]:
+    """Of the same mixed step, model and machine; only what lanes achieve beside each other differs."""
+    cutter = planner(lane_speeds=(lane_speeds((0.5, 0.5), (0.9, 0.9), beside),))
+    cutter.prepare([kind_of(shape_of(mixed_step()))])
+    for _ in range(40):  # nobody measures here: after a while the table's word stands
+        nano = cutter.plan(mixed_step())
+    return nano, cutter
+
+
+def test_the_planner_believes_the_measured_table_where_there_is_one():
+    """By the cost model overlap pays on this machine. Measured, it is another matter, either way."""
+    nano, cutter = measured_answer((0.85, 0.85))  # nearly free
+    assert nano is not None and nano.shares == (0.5, 0.5) and "by the measured table" in nano.reason
+    plan = plan_of(mixed_step(), nano)
+    check_nano_plan(plan, LLAMA_8B)
+    assert "table: measured, lanes of 50% beside 50%" in cutter.describe()[0]
+    assert any("by the measured table" in line for line in cutter.describe())
+    nano, cutter = measured_answer((0.4, 0.4))  # costs more than it gives
+    assert nano is None and cutter.reason == "one batch is as good by the measured table"
+    by_model = planner()
+    assert "no lane_speeds" in by_model.describe()[0]
+    assert "never calibrated" in NanoPlanner(SchedulerConfig(num_pages=100), None, LLAMA_8B).describe()[0]
+
+
+def test_steps_are_priced_by_what_was_measured_of_each_pair():
+    """A step that is cut takes longer where the pair that it is made of does; contention scales what is felt."""
+    speeds = lane_speeds((0.5, 0.5), (0.9, 0.9), (0.85, 0.85))
+    nano, _ = measured_answer((0.85, 0.85))
+    plan = plan_of(mixed_step(), nano)
+
+    def makespan_s(of, **fields) -> float:
+        machine = overlap_machine(lane_speeds=(of,), **fields)
+        return nano_makespan_s(plan, NanoCosts(CostModel(LLAMA_8B, machine)))
+
+    slowed = lane_speeds((0.5, 0.5), (0.9, 0.9), (0.85, 0.85), linear__attention_decode=(0.4, 0.4))
+    assert makespan_s(slowed) > 1.2 * makespan_s(speeds)
+    assert makespan_s(slowed, contention=0.0) == makespan_s(speeds, contention=0.0) < makespan_s(speeds)
+    elsewhere = lane_speeds((0.75, 0.25), (0.9, 0.9), (0.85, 0.85))
+    assert makespan_s(elsewhere) == makespan_s(speeds)  # shares that were not measured go by the nearest that were
 
 
 def test_classes_are_lanes():

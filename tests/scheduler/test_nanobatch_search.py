@@ -6,10 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scheduler.cost_model import CostModel
+from scheduler.machine import ClassRates, Machine
+from scheduler.model_spec import ModelSpec
+from scheduler.nanobatch_contention import BandwidthContention, Load, MeasuredContention, Operator
 from scheduler.nanobatch_orders import RULES, best_order, list_order, lock_step
 from scheduler.nanobatch_search import cuts, makespan_s, search
-from scheduler.nanobatch_tables import MeasuredTable
-from scheduler.nanobatch_timeline import Contention, NanoWork, Operator, finish, ranges_makespan_s, ranges_of
+from scheduler.nanobatch_tables import NanoCosts, StepTable, TypicalStep
+from scheduler.nanobatch_timeline import NanoWork, finish, ranges_makespan_s, ranges_of
+from tests.kit.lane_speeds import lane_speeds
+from tests.scheduler.made_up_table import MadeUpTable
 
 # NanoFlow's pairs for GEMM and GEMV, from the reference (systems.md 2.3): share -> part of the solo speed.
 ACHIEVED = {
@@ -53,7 +59,7 @@ def order_seconds(work: NanoWork, order: tuple[int, ...]) -> float | None:
     return max(end.values())
 
 
-def brute_force(table: MeasuredTable, num_nano: int) -> float:
+def brute_force(table: MadeUpTable, num_nano: int) -> float:
     """Every cut, every pair of shares, every order."""
     best = None
     for shares in table.share_pairs:
@@ -64,6 +70,44 @@ def brute_force(table: MeasuredTable, num_nano: int) -> float:
                 if seconds is not None and (best is None or seconds < best):
                     best = seconds
     return best
+
+
+@pytest.mark.parametrize("beside", [(0.55, 0.75), (0.35, 0.45)])
+def test_the_search_over_a_machines_measured_table_equals_brute_force(beside):
+    """The planner's own table: one layer, two cuts of the machine, pairs with speeds of their own, all orders."""
+    spec = ModelSpec("one layer", 4096, 1, 32, 8, 128, 14336, 32000, device="gpu", inner_bytes=2)
+    machine = Machine(
+        "measured", "made up", 2.5e12, {"default": ClassRates(((1, 1e13), (128, 5e14)), 2.5e12, 2e-6)},
+        rungs=(0.25, 0.75, 1.0),
+        lane_speeds=(
+            lane_speeds((0.25, 0.75), (0.3, 0.95), (0.28, 0.9), linear__attention_decode=(0.25, 0.7)),
+            lane_speeds((0.75, 0.25), (0.8, 0.6), beside, attention_chunk__linear=(0.3, 0.3)),
+        ),
+    )  # fmt: skip
+    table = StepTable(NanoCosts(CostModel(spec, machine)), TypicalStep(96, 2048, 160, 0), max_layers=1)
+    found = finish(search(table, 2))
+    best = None
+    for shares in table.share_pairs:
+        for counts in cuts(table.num_tokens, 2):
+            work = table.work(counts, shares)
+            assert work.contention is not None
+            for order in every_order(len(work.is_attention), 2):
+                if order_seconds(work, order) is not None:
+                    seconds = makespan_s(work, order)
+                    best = seconds if best is None else min(best, seconds)
+    assert found.makespan_s == pytest.approx(best)
+    assert makespan_s(table.work(found.token_counts, found.shares), found.order) == pytest.approx(best)
+
+
+def test_measured_pairs_stretch_each_part_by_what_it_is_beside():
+    speeds = lane_speeds((0.5, 0.5), (0.8, 0.8), (0.8, 0.8), linear__attention_decode=(0.4, 0.2))
+    contention = MeasuredContention(speeds)
+    linear, attention = Load(1.0, 1.0, 0.0, 0.0, 0.0), Load(1.0, 1.0, 1.0, 0.0, 1.0)
+    half = Load(1.0, 1.0, 0.5, 0.0, 0.5)
+    assert contention.stretches(linear, attention) == pytest.approx((2.0, 4.0))
+    assert contention.stretches(linear, linear) == contention.stretches(attention, attention) == (1.0, 1.0)
+    assert contention.stretches(linear, half) == pytest.approx((1.5, 2.5))
+    assert MeasuredContention(speeds, 0.5).stretches(linear, attention) == pytest.approx((1.5, 2.5))
 
 
 # Whole milliseconds, so that sums are exact enough to be compared; 0: a node that has nothing to do
@@ -115,25 +159,25 @@ def test_the_search_finds_the_optimum_of_brute_force(data):
     fixed_ms = data.draw(st.lists(st.integers(0, 3), min_size=num_nodes, max_size=num_nodes))
     row_ms = data.draw(st.lists(st.integers(1, 5), min_size=num_nodes, max_size=num_nodes))
     is_attention = [name == "memory" and data.draw(st.booleans()) for name in classes]
-    table = MeasuredTable(
+    table = MadeUpTable(
         8, classes, lambda node, rows: (fixed_ms[node] + rows * row_ms[node]) * 1e-3, ACHIEVED, PAIRS, is_attention,
         has_chunk=data.draw(st.booleans()),
     )  # fmt: skip
     found = finish(search(table, 2))
     assert found.makespan_s == pytest.approx(brute_force(table, 2))
     work = table.work(found.token_counts, found.shares)
-    assert makespan_s(work, found.order, table) == pytest.approx(found.makespan_s)
+    assert makespan_s(work, found.order) == pytest.approx(found.makespan_s)
     assert sum(found.token_counts) == 8
 
 
 def test_three_nano_batches_are_searched_exactly_too():
-    table = MeasuredTable(
+    table = MadeUpTable(
         6, ["compute", "memory", "compute"], lambda node, rows: rows * (1 + node) * 1e-3, ACHIEVED, PAIRS
     )
     assert finish(search(table, 3)).makespan_s == pytest.approx(brute_force(table, 3))
 
 
-def layers_table(num_layers: int, compute_ms: float, memory_ms: float, fixed_ms: float = 0.0) -> MeasuredTable:
+def layers_table(num_layers: int, compute_ms: float, memory_ms: float, fixed_ms: float = 0.0) -> MadeUpTable:
     """[qkv, attention, o, gate_up, down] per layer, of 512 rows: compute_ms of linears, memory_ms of attention."""
     kinds = ["compute", "memory", "compute", "compute", "compute"]
     parts = [0.15 * compute_ms, memory_ms, 0.1 * compute_ms, 0.5 * compute_ms, 0.25 * compute_ms]
@@ -142,7 +186,7 @@ def layers_table(num_layers: int, compute_ms: float, memory_ms: float, fixed_ms:
         return (parts[node % 5] * rows / 512 + fixed_ms) * 1e-3
 
     is_attention = [node % 5 == 1 for node in range(5 * num_layers)]
-    return MeasuredTable(512, kinds * num_layers, seconds, ACHIEVED, PAIRS, is_attention, has_chunk=False)
+    return MadeUpTable(512, kinds * num_layers, seconds, ACHIEVED, PAIRS, is_attention, has_chunk=False)
 
 
 def test_where_overlap_pays_the_makespan_is_between_bound_and_sequential():
@@ -161,7 +205,7 @@ def test_where_overlap_pays_the_makespan_is_between_bound_and_sequential():
 def test_two_stages_come_near_the_optimum_of_a_program_small_enough_for_both():
     """Cuts of stage I are chosen without interference; here that costs nothing, and orders by rules little."""
     table = layers_table(2, compute_ms=1.0, memory_ms=0.8)
-    table.contention = Contention()  # infinite bandwidth: same times, but not the exhaustive way
+    table.contention = BandwidthContention()  # infinite bandwidth: same times, but not the exhaustive way
     staged = finish(search(table, 2))
     table.contention = None
     exhaustive = finish(search(table, 2))
@@ -180,8 +224,8 @@ def test_contention_stretches_what_waits_for_memory():
     work = NanoWork(((Operator(0, 1.0, 1.0, 1.0, 80.0),), (Operator(1, 1.0, 1.0, 1.0, 80.0),)), (False,), (False,))
     ranges = ranges_of((0, 1), [[0], [1]], work.is_cut, work.is_attention)
     assert ranges_makespan_s(ranges, work.chains) == pytest.approx(1.0)
-    assert ranges_makespan_s(ranges, work.chains, Contention(100.0)) == pytest.approx(1.6)
-    assert ranges_makespan_s(ranges, work.chains, Contention(100.0, 0.5)) == pytest.approx(1.3)
+    assert ranges_makespan_s(ranges, work.chains, BandwidthContention(100.0)) == pytest.approx(1.6)
+    assert ranges_makespan_s(ranges, work.chains, BandwidthContention(100.0, 0.5)) == pytest.approx(1.3)
 
 
 def test_cuts_are_whole_tiles_or_anywhere_in_small_steps():

@@ -6,13 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scheduler.config import SchedulerConfig
 from scheduler.peak_admission import (
+    FIRST_GUESS_TOKENS,
     HeldTokens,
     MeanDecodeLength,
+    PeakAdmission,
     admits_by_peak,
     predicted_peak_tokens,
-    remaining_tokens,
 )
+from scheduler.request import Request
 
 HELD = st.lists(st.builds(HeldTokens, st.integers(1, 50), st.integers(1, 20)), max_size=8)
 
@@ -49,9 +52,22 @@ def test_who_ends_early_makes_room_for_the_growth_of_the_rest():
 
 
 def test_what_remains_is_the_mean_less_what_is_there():
-    assert remaining_tokens(30, 1000, 100.4) == 70
-    assert remaining_tokens(30, 50, 100.0) == 20
-    assert remaining_tokens(130, 1000, 100.0) == 1
+    peak = PeakAdmission(SchedulerConfig(num_pages=64, page_size=16))
+    for _ in range(MeanDecodeLength.PRETENDED):  # as many as are pretended
+        peak._mean.hear_finished(2 * 100 - FIRST_GUESS_TOKENS)
+    assert peak._mean.tokens == 100
+
+    def held(num_generated: int, max_tokens: int) -> HeldTokens:
+        request = Request("r", range(7), max_tokens)
+        request.output_token_ids.extend(range(num_generated))
+        return peak._held_by([request])[0]
+
+    assert held(30, 1000) == HeldTokens(7 + 30 + 15, 70)
+    assert held(30, 50).num_remaining == 20
+    assert held(130, 1000).num_remaining == 1
+
+
+def test_the_mean_length_begins_with_a_guess():
     mean = MeanDecodeLength(100)
     assert mean.tokens == 100
     for _ in range(8):

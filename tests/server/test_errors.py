@@ -64,6 +64,7 @@ BAD_FIELDS = [
     ("cache_salt", "", "invalid_value", "cache_salt", "1024"),
     ("priority", 2**40, "invalid_value", "priority", "32-bit"),
     ("ttft_ms", 0, "invalid_value", "ttft_ms", "more than 0"),
+    ("tpot_ms", 1e306, "invalid_value", "tpot_ms", "at most 1e+12"),
     ("tpot_ms", -5, "invalid_value", "tpot_ms", "-5"),
     ("deadline_ms", "soon", "invalid_type", "deadline_ms", "'soon'"),
     ("user", "u" * 300, "invalid_value", "user", "256"),

@@ -216,7 +216,11 @@ class _EngineGauges:
             metric.add_metric(self.values, goodput.get(key, 0))
             yield metric
         names_and_texts = (
-            ("num_pauses", "prefill_pauses", "Prefills that stopped between two operators for one that ranks before."),
+            (
+                "num_pauses",
+                "prefill_pauses",
+                "Prefills that stopped between two operators, for one that ranks before or for more of the chip.",
+            ),
             ("num_moves", "border_moves", "Changes of the shares of the chip that prefill and decode have."),
         )
         for key, name, text in names_and_texts:

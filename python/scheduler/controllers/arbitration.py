@@ -19,57 +19,31 @@ kind of candidate; their own controllers are beside this one to be compared with
 from __future__ import annotations
 
 from collections import deque
-from math import log2
-from typing import NamedTuple
 
 from scheduler.arrangement import DECODE_LANE, Arrangement
 from scheduler.config import SchedulerConfig
+from scheduler.controllers.candidates import (
+    BLOCKING_SHARE,
+    COARSE,
+    KINDS,
+    MARGIN,
+    Candidate,
+    Candidates,
+    Prediction,
+    Sizes,
+    rounded,
+)
 from scheduler.controllers.tpot_slack import AnswerLengths, allowed_step_s
-from scheduler.cost_model import CostModel, StepCost
-from scheduler.nanobatch_planner import NanoPlanner
+from scheduler.cost_model import CostModel
 from scheduler.outlook import Decodes, Outlook
 from scheduler.request import Request
 from scheduler.splitfuse import TILE_TOKENS, most_tiles
-from scheduler.step_shape import StepShape
 
 HYSTERESIS = 0.05
-# Of a target that plans are made for: predictions err, and a mean that is planned to be just kept is missed half of the
-# time.
-MARGIN = 0.95
-KINDS = ("mix", "nano", "turns", "split", "overlap")
-_STEPS_PER_OCTAVE = 4  # of the sizes for which candidates are predicted: neighbours differ by less than a fifth
-_MOST_KNOWN = 4096
-_REFRESH_EVERY = 2048  # decisions after which predictions are made anew: the cost model learns
-# A mixed step cannot be paused, and the one planned behind it neither: an arrival waits for both. Of the tightest TTFT
-# target that was lately met with, a step takes at most this part.
-_BLOCKING_SHARE = 0.15
 _NUM_TTFT_TARGETS = 64
+# Then a chunk goes in whatever the credit is: decodes that hardly keep their target would keep prompts out for ever.
+MOST_STEPS_HELD = 64
 _LOOK_AHEAD = 8  # prompts that stand for those to come
-
-
-class Candidate(NamedTuple):
-    kind: str  # one of KINDS
-    prefill_share: float  # 0: one lane
-    decode_share: float
-    prompt_tokens_per_s: float  # sustained, while the decodes keep their target
-    decode_step_s: float
-
-
-class _Sizes(NamedTuple):
-    """What predictions are made for, rounded."""
-
-    num_decodes: int
-    context: int  # tokens that a decode sees
-    num_prompts: int  # that would go together
-    prompt_tokens: int  # of each, pending
-    prompt_start: int  # before them
-    tpot_us: int
-    least_tokens: int  # that an answer has, most of the time
-    ttft_ms: int  # the tightest target that was lately met with; 0: none
-
-    @property
-    def run_tokens(self) -> int:
-        return self.num_prompts * self.prompt_tokens
 
 
 class Arbitration:
@@ -81,25 +55,18 @@ class Arbitration:
     ) -> None:  # fmt: skip
         self._config = config
         self._model = cost_model
-        self._kinds = kinds
+        # A granularity that was asked for leaves those that cut prompts so; splits go with any.
+        beside = {"": (), "token": ("turns",)}.get(config.prefill, ("mix", "nano"))
+        kinds = tuple(kind for kind in kinds if kind not in beside)
+        self._candidates = Candidates(config, cost_model, kinds, uses_slack) if cost_model is not None else None
         self._hysteresis = hysteresis
         self._uses_slack = uses_slack
-        self._nano: NanoPlanner | None = None
         self._ttft_targets: deque[float] = deque(maxlen=_NUM_TTFT_TARGETS)
         self._lengths = AnswerLengths()
         self._busy_until_s = 0.0  # when the last step that was decided on ends, as predicted
         self._latest_step_s = 0.0  # what it takes
         self._present: Candidate | None = None
-        self._known: dict[_Sizes, tuple[Candidate, ...]] = {}
-        self._costs: dict[tuple[StepShape, float], StepCost] = {}  # of lanes
-        self._num_decisions = 0
-        has_lanes = config.lanes == "auto"
-        self._splits = [(rung, 1.0 - rung) for rung in config.rungs] if has_lanes and "split" in kinds else []
-        if has_lanes and "overlap" in kinds:
-            self._splits.append((1.0, 1.0))
-        self._least_tokens = 0
-        if cost_model is not None:
-            self._least_tokens = max(TILE_TOKENS, cost_model.saturating_tokens(config.max_num_batched_tokens) // 2)
+        self._num_steps_held = 0  # in which credit let no chunk in
 
     # What it hears
 
@@ -124,10 +91,11 @@ class Arbitration:
             # Whole runs, which an arrival that ranks before them can pause.
             return Arrangement(granularity="operator", token_budget=self._config.max_num_batched_tokens,
                                reason="no decode: the whole chip takes prompts")  # fmt: skip
-        self._nano = outlook.nano
-        candidate = self._choose(outlook, decodes)
+        self._candidates.nano = outlook.nano
+        prediction = self._candidates.predict(self._sizes(outlook, decodes))
+        candidate = self._choose(prediction)
         rate, num = candidate.prompt_tokens_per_s, decodes.shape.num_tokens
-        text = f"{_name(candidate)}: {rate:.0f} prompt tokens/s beside {num} decodes"
+        text = f"{candidate.name}: {rate:.0f} prompt tokens/s beside {num} decodes"
         if candidate.prefill_share:
             return Arrangement(candidate.prefill_share, candidate.decode_share, "operator", reason=text)
         decode_s = model.guarded_step_s(decodes.shape)
@@ -135,15 +103,15 @@ class Arbitration:
         # A run that has begun goes on in turns: mixed steps would have it end before any other prompt begins, one in a hurry
         # too. (Found by a real run: of short prompts beside long ones 27 % were in time instead of all.)
         if candidate.kind == "turns" or outlook.runs:
-            room_s = 1e9 if allowed_s is None else max(allowed_s - decode_s, 0.0)
+            room_s = prediction.part_s if allowed_s is None else max(allowed_s - decode_s, 0.0)
             return Arrangement(granularity="operator", segment_s=max(room_s, 1e-6), reason=text)
         num_nano_batches = 0 if candidate.kind == "nano" else 1
-        blocking_s = _BLOCKING_SHARE * min(self._ttft_targets) if self._ttft_targets and self._uses_slack else None
+        blocking_s = BLOCKING_SHARE * min(self._ttft_targets) if self._ttft_targets and self._uses_slack else None
         budget = self._budget(outlook, decodes, allowed_s, blocking_s)
         return Arrangement(token_budget=budget, num_nano_batches=num_nano_batches, reason=text)
 
-    def _choose(self, outlook: Outlook, decodes: Decodes) -> Candidate:
-        candidates = self._predict(self._sizes(outlook, decodes))
+    def _choose(self, prediction: Prediction) -> Candidate:
+        candidates = prediction.candidates
         best = max(candidates, key=lambda candidate: candidate.prompt_tokens_per_s)
         present = self._present
         if present is not None:
@@ -153,7 +121,7 @@ class Arbitration:
         self._present = best
         return best
 
-    def _sizes(self, outlook: Outlook, decodes: Decodes) -> _Sizes:
+    def _sizes(self, outlook: Outlook, decodes: Decodes) -> Sizes:
         shape = decodes.shape
         most, num_tokens, num_prompts, starts = self._config.max_num_batched_tokens, 0, 0, 0
         for run in outlook.runs:
@@ -164,140 +132,24 @@ class Arbitration:
                 break
             num_tokens, num_prompts, starts = num_tokens + num_pending, num_prompts + 1, starts + request.next_start
         tpot_s, num_prompts = decodes.tightest_tpot_s, max(num_prompts, 1)
-        return _Sizes(
-            _rounded(shape.num_tokens), _rounded(shape.decode_kv_tokens / shape.num_tokens), num_prompts,
-            _rounded(max(min(num_tokens, most) / num_prompts, 1)), _rounded(starts / num_prompts),
-            round(tpot_s * 1e6) if tpot_s else 0, _rounded(self._lengths.least),
+        return Sizes(
+            rounded(shape.num_tokens), rounded(shape.decode_kv_tokens / shape.num_tokens, COARSE), num_prompts,
+            rounded(max(min(num_tokens, most) / num_prompts, 1)), rounded(starts / num_prompts, COARSE),
+            round(tpot_s * 1e6) if tpot_s else 0, rounded(self._lengths.least, COARSE),
             round(1e3 * min(self._ttft_targets, default=0.0)),
         )  # fmt: skip
-
-    def _predict(self, sizes: _Sizes) -> tuple[Candidate, ...]:
-        self._num_decisions += 1
-        if self._num_decisions % _REFRESH_EVERY == 0 or len(self._known) >= _MOST_KNOWN:
-            self._known.clear()
-            self._costs.clear()
-        known = self._known.get(sizes)
-        if known is None:
-            known = self._known[sizes] = tuple(self._candidates(sizes))
-        return known
-
-    def _candidates(self, sizes: _Sizes) -> list[Candidate]:
-        model, window = self._model, self._model.window
-        num, context = sizes.num_decodes, sizes.context
-        seen = min(context, window) if window else context
-        decode = StepShape(num, num, num, num, num * context, window_decode_kv_tokens=num * seen)
-        run = StepShape(0, 0, 0)
-        for _ in range(sizes.num_prompts):
-            run = run.plus_chunk(sizes.prompt_start, sizes.prompt_tokens, window)
-        guard = max(1.0, model.guard_ratio)
-        decode_s, run_s = model.step_s(decode) * guard, model.step_s(run)
-        target_s = MARGIN * sizes.tpot_us / 1e6 if sizes.tpot_us else None
-        found = []
-        if "mix" in self._kinds:
-            found.append(self._mix(sizes, decode, decode_s, target_s, guard))
-        if "turns" in self._kinds or not found:
-            # In turns prompts have what decode steps leave of every target.
-            free = 0.5 if target_s is None else max(0.0, 1.0 - decode_s / target_s)
-            found.append(Candidate("turns", 0.0, 1.0, free * sizes.run_tokens / run_s, decode_s))
-        for prefill_share, decode_share in self._splits:
-            found.append(self._split(sizes, decode, run, prefill_share, decode_share, target_s, guard))
-        return found
-
-    def _mix(
-        self, sizes: _Sizes, decode: StepShape, decode_s: float, target_s: float | None, guard: float
-    ) -> Candidate:
-        """The rate of the largest chunk that fits; where even the least that is worth its step does not, it goes once in
-        so many steps of decodes as pay for it."""
-        model, window = self._model, self._model.window
-        most = max(TILE_TOKENS, self._config.max_num_batched_tokens - decode.num_tokens)
-
-        # Chunks of a prompt see what came before them: half of it on average.
-        first, whole_prompt = sizes.prompt_start, sizes.prompt_tokens
-
-        def step_s(num_tokens: int) -> float:
-            shape = decode
-            for _ in range(num_tokens // whole_prompt):
-                shape = shape.plus_chunk(first, whole_prompt, window)
-            part = num_tokens % whole_prompt
-            if part:
-                shape = shape.plus_chunk(first + (whole_prompt - part) // 2, part, window)
-            return model.step_s(shape) * guard
-
-        blocking_s = _BLOCKING_SHARE * sizes.ttft_ms / 1e3 if sizes.ttft_ms else None
-        if target_s is None:
-            whole = min(most, sizes.run_tokens)
-            if blocking_s is not None:
-                num_tiles = most_tiles(lambda tiles: step_s(tiles * TILE_TOKENS), -(-whole // TILE_TOKENS), blocking_s)
-                whole = min(whole, num_tiles * TILE_TOKENS)
-            if not whole:  # even a tile keeps arrivals waiting: in turns they need not wait
-                return Candidate("mix", 0.0, 1.0, 0.0, decode_s)
-            return self._cut(Candidate("mix", 0.0, 1.0, whole / step_s(whole), step_s(whole)), decode, first, whole)
-        burst_rate = burst_tokens = 0.0
-        if self._uses_slack:
-            # Bursts: a large chunk now and then, as large as the credit that the shortest answers gather pays for, and
-            # decodes alone between them.
-            credit_s = target_s + (target_s - decode_s) * (sizes.least_tokens - 1)
-            if blocking_s is not None:
-                credit_s = min(credit_s, max(blocking_s, decode_s))
-            num_tiles = most_tiles(lambda tiles: step_s(tiles * TILE_TOKENS), most // TILE_TOKENS, credit_s)
-            num_tokens = min(num_tiles * TILE_TOKENS, max(sizes.run_tokens, self._least_tokens))
-            if num_tokens:
-                burst_s = step_s(num_tokens)
-                bursts = min(1.0, max(0.0, target_s - decode_s) / max(burst_s - decode_s, 1e-9))  # a token
-                burst_rate = bursts * num_tokens / (bursts * burst_s + (1.0 - bursts) * decode_s)
-                burst_tokens = num_tokens
-        num_tiles = most_tiles(lambda tiles: step_s(tiles * TILE_TOKENS), most // TILE_TOKENS, target_s)
-        num_tokens = num_tiles * TILE_TOKENS
-        steady_rate = num_tokens / step_s(num_tokens) if num_tokens else 0.0
-        mixed = Candidate("mix", 0.0, 1.0, max(steady_rate, burst_rate), decode_s)
-        return self._cut(mixed, decode, first, num_tokens if steady_rate >= burst_rate else burst_tokens)
-
-    def _cut(self, mixed: Candidate, decode: StepShape, start: int, num_tokens: int) -> Candidate:
-        """The mixed step in nano-batches, where the search found that they save time and no trial has said otherwise."""
-        if self._nano is None or "nano" not in self._kinds or not num_tokens:
-            return mixed
-        gain = self._nano.predicted_gain(decode.plus_chunk(start, num_tokens, self._model.window))
-        if gain <= 0.0:
-            return mixed
-        return mixed._replace(kind="nano", prompt_tokens_per_s=mixed.prompt_tokens_per_s / (1.0 - gain))
-
-    def _split(
-        self, sizes: _Sizes, decode: StepShape, run: StepShape, prefill_share: float, decode_share: float,
-        target_s: float | None, guard: float,
-    ) -> Candidate:  # fmt: skip
-        model, total = self._model, prefill_share + decode_share
-        decode_cost, run_cost = self._cost(decode, decode_share), self._cost(run, prefill_share)
-        decode_demand, run_demand = decode_cost.demand_bytes_per_s, run_cost.demand_bytes_per_s
-        is_overlap = total > 1.0 + 1e-9
-        if is_overlap:
-            slow_down = model.slow_down_of_overlap(total, decode_demand + run_demand)
-            decode_s, run_s = decode_cost.alone_s * slow_down * guard, run_cost.alone_s * slow_down
-        else:
-            decode_s, run_s = decode_cost.duration_s(run_demand) * guard, run_cost.duration_s(decode_demand)
-        rate = sizes.run_tokens / run_s
-        if target_s is not None and decode_s > target_s:
-            # Only part of the time, the rest of which the whole chip decodes.
-            alone_s = model.step_s(decode) * guard
-            rate *= max(0.0, target_s - alone_s) / max(decode_s - alone_s, 1e-9) if alone_s < decode_s else 0.0
-        return Candidate("overlap" if is_overlap else "split", prefill_share, decode_share, rate, decode_s)
-
-    def _cost(self, shape: StepShape, share: float) -> StepCost:
-        """Kept: sizes come in new combinations far more often than anew."""
-        cost = self._costs.get((shape, share))
-        if cost is None:
-            cost = self._costs[shape, share] = self._model.step_cost(shape, share)
-        return cost
 
     def _allowed_s(self, outlook: Outlook, decodes: Decodes, decode_s: float) -> float | None:
         if decodes.tightest_tpot_s is None:
             return None
         if not self._uses_slack:
             return MARGIN * decodes.tightest_tpot_s
-        who = (request for request in outlook.running if request.run is None)
         # A step that was planned ahead is still running: the next one begins behind it, but never more than one step.
         self._busy_until_s = min(self._busy_until_s, outlook.now + self._latest_step_s)
         begin_s = max(outlook.now, self._busy_until_s)
-        return allowed_step_s(who, begin_s, decode_s, self._lengths, MARGIN)
+        if outlook.runs:
+            begin_s = max(begin_s, outlook.now + decode_s)  # in turns: a step of decodes comes first
+        return allowed_step_s(outlook.running, begin_s, decode_s, self._lengths, MARGIN)
 
     def _budget(self, outlook: Outlook, decodes: Decodes, allowed_s: float | None, blocking_s: float | None) -> int:
         """Tokens of the next step: a chunk as large as the credit allows, none where that is not worth a step, and smaller
@@ -308,35 +160,28 @@ class Arbitration:
             return most
         start, window, guard = prefill.next_start, model.window, max(1.0, model.guard_ratio)
 
-        def tokens_within(limit_s: float | None) -> int:
-            room = max(0, most - shape.num_tokens) // TILE_TOKENS
-            if limit_s is None:
-                return room * TILE_TOKENS
-            return TILE_TOKENS * most_tiles(
-                lambda tiles: model.step_s(shape.plus_chunk(start, tiles * TILE_TOKENS, window)) * guard, room, limit_s
-            )
+        known: dict[int, float] = {}  # predictions are what a decision's time goes into
 
-        num_tokens, least = tokens_within(allowed_s), self._least_tokens
+        def step_s(num_tokens: int) -> float:
+            seconds = known.get(num_tokens)
+            if seconds is None:
+                seconds = known[num_tokens] = model.step_s(shape.plus_chunk(start, num_tokens, window)) * guard
+            return seconds
+
+        room = max(0, most - shape.num_tokens) // TILE_TOKENS
+        limit_s = min(limit for limit in (allowed_s, blocking_s) if limit is not None)
+        num_tokens = TILE_TOKENS * most_tiles(lambda tiles: step_s(tiles * TILE_TOKENS), room, limit_s)
+        least = min(self._candidates.least_tokens, room * TILE_TOKENS)
         if num_tokens < min(least, prefill.num_expected_tokens - start) and self._uses_slack:
-            num_tokens = 0  # credit grows until a chunk is worth it
-        elif blocking_s is not None and num_tokens > least:
-            num_tokens = min(num_tokens, max(tokens_within(blocking_s), least))
+            # Where credit allows it, what is worth a step goes though it keeps arrivals waiting; else credit grows.
+            is_paid = limit_s != allowed_s and (allowed_s is None or step_s(least) <= allowed_s)
+            self._num_steps_held += 1
+            is_paid = is_paid or self._num_steps_held > MOST_STEPS_HELD
+            num_tokens = least if is_paid else 0
         if num_tokens:
+            self._num_steps_held = 0
             shape = shape.plus_chunk(start, num_tokens, window)
         begin_s = max(outlook.now, self._busy_until_s)
-        self._latest_step_s = model.step_s(shape)
+        self._latest_step_s = known[num_tokens] / guard if num_tokens in known else model.step_s(shape)
         self._busy_until_s = begin_s + self._latest_step_s
         return shape.num_tokens
-
-
-def _rounded(value: float) -> int:
-    """To the nearest of a few sizes an octave; 0 stays 0."""
-    if value < 1:
-        return 0
-    return round(2.0 ** (round(log2(value) * _STEPS_PER_OCTAVE) / _STEPS_PER_OCTAVE))
-
-
-def _name(candidate: Candidate) -> str:
-    if candidate.prefill_share:
-        return f"{candidate.prefill_share * 100:.0f}:{candidate.decode_share * 100:.0f}"
-    return candidate.kind

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
+from math import inf
 
 from scheduler.config import SchedulerConfig
+from scheduler.controllers.hopeless_line import HopelessLine
 from scheduler.controllers.ttft_prediction import TtftPredictor
 from scheduler.cost_model import CostModel
 from scheduler.request import Request
@@ -63,6 +65,7 @@ class SlackOrder:
         self._predictor = TtftPredictor(cost_model, config.max_num_batched_tokens)
         self._entries: dict[str, _Entry] = {}
         self._moments: list[tuple[float, int, _Entry]] = []
+        self._lines: dict[int, HopelessLine] = {}  # by priority
         self.stretch = 1.0  # time that prompts take, over what they would alone
 
     def rank(self, request: Request, sequence: int, now: float) -> tuple:
@@ -72,7 +75,7 @@ class SlackOrder:
         entry = _Entry(request, sequence, deadline_s, self._prompt_s(request.num_prompt_tokens))
         self._entries[request.request_id] = entry
         if self.slack_s(request, now) <= 0.0:
-            return self._hopeless_rank(entry)
+            return self._give_up(entry)
         self._watch(entry, now)
         return (request.priority, 0, deadline_s, sequence)
 
@@ -92,10 +95,16 @@ class SlackOrder:
                 del self._entries[request.request_id]
                 continue
             self._learn_progress(entry)
-            if self.slack_s(request, now) > 0.0:
+            # As a moment, not as slack: rounding may leave slack where the moment is not later than now, and it would come
+            # due again for ever.
+            if self._moment_s(entry, now) > now:
                 self._watch(entry, now)
-            else:
-                yield request, self._hopeless_rank(entry)
+            elif request.rank[2] != -inf:  # else it leads a run that was brought to the front with one of its own
+                yield request, self._give_up(entry)
+        for priority, line in list(self._lines.items()):
+            yield from line.turns(now)
+            if line.is_over(now):
+                del self._lines[priority]
 
     def started(self, request: Request, now: float) -> None:
         entry = self._entries.get(request.request_id)
@@ -115,6 +124,8 @@ class SlackOrder:
         entry = self._entries.pop(request.request_id, None)
         if entry is not None and request.first_token_s is not None and not entry.was_paused:
             self._learn_stretch(request)
+        if request.finish_reason is not None and request.priority in self._lines:
+            self._lines[request.priority].discard(request)
         if len(self._moments) > 2 * len(self._entries) + 64:  # those that left are dropped when they are the most
             self._moments = [item for item in self._moments if self._entries.get(item[2].request.request_id) is item[2]]
             heapify(self._moments)
@@ -133,7 +144,12 @@ class SlackOrder:
 
     def _watch(self, entry: _Entry, now: float) -> None:
         """While it executes its moment moves on with the clock; it is looked at again when it would have come by now."""
-        heappush(self._moments, (entry.deadline_s - entry.remaining_s(now), entry.sequence, entry))
+        heappush(self._moments, (self._moment_s(entry, now), entry.sequence, entry))
+
+    @staticmethod
+    def _moment_s(entry: _Entry, now: float) -> float:
+        """When it becomes hopeless unless something is done."""
+        return entry.deadline_s - entry.remaining_s(now)
 
     def _learn_progress(self, entry: _Entry) -> None:
         """Prompts that are cut by tokens tell nobody when they execute: what they still have to do says how far they are."""
@@ -143,6 +159,9 @@ class SlackOrder:
             entry.predicted_s = self._prompt_s(max(request.num_known_tokens - num_done, 0), num_done)
             entry.executed_s = 0.0
 
-    @staticmethod
-    def _hopeless_rank(entry: _Entry) -> tuple:
-        return (entry.request.priority, 1, -entry.deadline_s, entry.sequence)
+    def _give_up(self, entry: _Entry) -> tuple:
+        """The rank of who has become hopeless."""
+        request = entry.request
+        line = self._lines.setdefault(request.priority, HopelessLine())
+        line.add(request, entry.sequence, entry.deadline_s - request.arrival_s)
+        return (request.priority, 1, -entry.deadline_s, entry.sequence)

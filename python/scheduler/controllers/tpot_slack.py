@@ -8,8 +8,8 @@ steps can pay. A request that has n tokens since its first and will have at leas
 From L on it may end at any token, so there are no debts any more: the step must leave it in time at its next token.
 Nobody knows L: it is what nine of ten of the requests that ended had at least. (With "at least h more from here", an
 end that moves on with every token, debts were made anew before they were paid, and short answers ended in debt.) A
-request that could not be in time even if it became as long as half of those that ended, by steps of decodes alone,
-constrains nothing any more; one that could, but not with a prompt beside it, lets no prompt in.
+request that could not be in time even if it became as long as half of those that ended, by steps of decodes alone and
+without a margin, constrains nothing any more; one that could, but not with a prompt beside it, lets no prompt in.
 
 n counts tokens that plans in flight sample, and the step begins when those plans have ended: who has just got its first
 token, or is about to, has no credit yet.
@@ -54,26 +54,28 @@ def allowed_step_s(
 ) -> float | None:
     """The longest that the next step may take; None: nobody who can be in time has a target.
 
-    begin_s: when the step begins. decode_step_s: of the same requests without a prompt beside them. margin: the part of a
-    target that is planned for.
+    A request whose prompt is on its way in parts has no say. begin_s: when the step begins. decode_step_s: of the same
+    requests without a prompt beside them. margin: the part of a target that is planned for.
     """
     allowed = None
-    least, typical = lengths.least, lengths.typical
+    least, typical = lengths.least, max(lengths.least, lengths.typical)
     for request in decodes:
-        target = request.tpot_s
-        if target is None:
+        asked_for = request.tpot_s
+        if asked_for is None or request.run is not None:
             continue
         # After the first token; those in flight are there when the step begins.
         num_tokens = request.num_expected_tokens - request.num_prompt_tokens - 1
         if num_tokens < 0:
             continue  # its prompt is not done
-        elapsed = begin_s - request.first_token_s if request.first_token_s is not None else 0.0
-        target *= margin
-        due = max(num_tokens + 1, min(least, request.max_tokens - 1))
-        most = target * due - elapsed - (due - num_tokens - 1) * decode_step_s
+        first_token_s = request.first_token_s
+        elapsed = begin_s - first_token_s if first_token_s is not None else 0.0
+        due = num_tokens + 1
+        if due < least:  # and conditions for min and max: this loop is a fifth of a decision
+            due = max(due, min(least, request.max_tokens - 1))
+        most = asked_for * margin * due - elapsed - (due - num_tokens - 1) * decode_step_s
         if most < decode_step_s:
             due = max(num_tokens + 1, min(typical, request.max_tokens - 1))
-            if target * due - elapsed - (due - num_tokens - 1) * decode_step_s < decode_step_s:
+            if asked_for * due - elapsed - (due - num_tokens - 1) * decode_step_s < decode_step_s:
                 continue  # too late
             most = decode_step_s
         if allowed is None or most < allowed:
