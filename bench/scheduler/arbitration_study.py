@@ -1,7 +1,8 @@
 """Whether the arbitration rule loses to any single way of sharing the chip, from an idle chip to overload (simulated).
 
     PYTHONPATH=python python bench/scheduler/arbitration_study.py TRACE [--num-requests 1500] [--rates 5,10,...]
-        [--policies ...] [--error 0.08] [--contentions 1,0.75,1.25] [--slo ttft=1s,tpot=25ms] [--chart FILE] [--json FILE]
+        [--policies ...] [--error 0.08] [--contentions 1,0.75,1.25] [--slo ttft=1s,tpot=25ms] [--hopeless-share 0.005]
+        [--chart FILE] [--json FILE]
 
 TRACE: such as azure_llm_2023_conv.csv.gz, on Llama 3 8B and the h100-sxm file, which nobody has measured. Every policy
 predicts with the machine file as it is; what executes is wrong by --error (log-normal, per run) and feels --contentions
@@ -14,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from scheduler.controllers import hopeless_line
 from scheduler.cost_model import CostModel
 from scheduler.machine import Machine
 from scheduler.simulator.costs import ModelCosts
@@ -102,9 +105,19 @@ def main() -> int:
     parser.add_argument("--slo", default="ttft=1s,tpot=25ms")
     parser.add_argument("--machine", default="h100-sxm")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--hopeless-share",
+        type=float,
+        default=hopeless_line.SHARE,
+        help=f"of the time, for turns of those that are late anyway; 0: none (default: {hopeless_line.SHARE})",
+    )
     parser.add_argument("--chart", help="write a picture (needs matplotlib)")
     parser.add_argument("--json", help="write the numbers")
     arguments = parser.parse_args()
+    if arguments.hopeless_share > 0.0:
+        hopeless_line.SHARE = arguments.hopeless_share
+    else:
+        hopeless_line.LATENESS = math.inf
     machine, targets = Machine.load(arguments.machine), parse_targets(arguments.slo)
     rates = [float(rate) for rate in arguments.rates.split(",")]
     policies = arguments.policies.split(",")

@@ -185,6 +185,7 @@ def test_slack_that_only_rounding_leaves_comes_due_once(monkeypatch):
 
     monkeypatch.setattr(order, "_watch", counting)
     one = request("r0", 16, arrival_s=98.0, ttft_s=2.0)
-    assert order.rank(one, 0, 99.0)[1] == 0 and order.slack_s(one, 99.0) > 0.0
+    one.rank = order.rank(one, 0, 99.0)
+    assert one.rank[1] == 0 and order.slack_s(one, 99.0) > 0.0
     assert [(each, rank[1]) for each, rank in order.due(99.0)] == [(one, 1)]
     assert list(order.due(99.5)) == []
