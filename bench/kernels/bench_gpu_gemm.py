@@ -7,8 +7,8 @@ A kind is a weight, its groups and an activation type; `--list` prints them. Tim
 many, over copies of the weight that together are more than twice the L2, median of the replays. The roofline is the
 larger of bytes at the data sheet's bandwidth and operations at its dense tensor rate for the activation type; `ratio` is
 torch's time of the same shape in the same run over ours: its bf16 matmul, for FP8 its scaled matmul. --candidates times
-every kernel that could serve, not only the chosen one. --world simt runs the same on the host, on small shapes, to see
-that the script works; it has no clock.
+every kernel that could serve, not only the chosen one. --codes adds gate and up to int8 codes, in the epilogue and by a
+pass of its own. --world simt runs the same on the host, on small shapes, to see that the script works; it has no clock.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from torch_matmul import MIN_REPLAYS, TorchMatmulTimes
 
 from runtime import _native
 from runtime.ops.gemm import CanonicalWeight, canonical_weight, pack_linear_gpu
+from runtime.ops.norm import prepare_rows
 
 # hidden, ffn, heads, kv_heads, head_dim: what model_shapes.json says of them, for a machine without the file
 MODELS = {"Llama-3-8B": (4096, 14336, 32, 8, 128), "Llama-3-70B": (8192, 28672, 64, 8, 128)}
@@ -262,6 +264,48 @@ def measure_layer(
     return measurements
 
 
+def measure_codes(gpu, kind: Kind, model: str, rows: int, cols: int, token_counts: list[int]) -> list[Measurement]:
+    """Gate and up whose outputs become int8 codes: in the epilogue, and as bf16 with a pass over the rows behind."""
+    rng = np.random.default_rng(0)
+    weight = random_weight(rng, kind, rows, cols)
+    measurements = []
+    for name, quantises in (("gate_up>i8", True), ("gate_up+row", False)):
+        make = partial(
+            pack_linear_gpu, gpu, [weight], kind.activations, interleaves_gate=True, quantises_output=quantises
+        )
+        linears = [make()]
+        copies = max(2, math.ceil(2.5 * gpu.l2_bytes / linears[0].packed_bytes)) if gpu.world == "cuda" else 2
+        linears += [make() for _ in range(copies - 1)]
+        workspace = array_of(gpu, np.zeros(linears[0].workspace_bytes(max(token_counts)), np.uint8), "uint8")
+        for tokens in token_counts:
+            x = activations_array(gpu, rng, kind, tokens, cols)
+            codes, values = (_native.GpuArray(gpu, [tokens, rows // 2], dtype) for dtype in ("int8", "bfloat16"))
+            scales = array_of(gpu, np.full(tokens, 0.01, np.float32), "float32")
+            sums = array_of(gpu, np.zeros(tokens, np.int32), "int32")
+            out_scale, out_sum = (_native.GpuArray(gpu, [tokens], dtype) for dtype in ("float32", "int32"))
+
+            def launch(stream, linear, x=x, codes=codes, values=values, scales=scales, sums=sums, out_scale=out_scale,
+                       out_sum=out_sum, quantises=quantises, workspace=workspace):  # fmt: skip
+                shared = {"gate": "silu", "x_scale": scales, "x_sum": sums, "stream": stream}
+                if quantises:
+                    linear.run(x, codes, workspace, out_code_scale=0.5, out_scale=out_scale, out_sum=out_sum, **shared)
+                else:
+                    linear.run(x, values, workspace, **shared)
+                    prepare_rows(values, codes, scale=out_scale, code_sum=out_sum, stream=stream)
+
+            microseconds = median_us(gpu, [partial(launch, linear=linear) for linear in linears])
+            num_bytes = linears[0].packed_bytes + tokens * cols + tokens * rows // 2 * (1 if quantises else 5)
+            speed = gpu.memory_gb_per_second
+            measurements.append(
+                Measurement(
+                    model, name, kind.name, tokens, rows, cols, microseconds, 0.0, 2.0 * tokens * rows * cols, num_bytes,
+                    num_bytes / speed * 1e-3 if speed else 0.0, linears[0].kernel, "",
+                )
+            )  # fmt: skip
+            print(measurements[-1].line(), flush=True)
+    return measurements
+
+
 def print_summary(measurements: list[Measurement]) -> None:
     """For each model, kind and number of tokens: geometric mean of the ratio to torch over the layers that torch ran,
     and, of 4-bit weights with int8 activations, their time as a share of 8-bit ones'."""
@@ -290,6 +334,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", default="1,16,64,256,1024,4096")
     parser.add_argument(
         "--candidates", action="store_true", help="time every candidate and print the selection table of the quickest"
+    )
+    parser.add_argument(
+        "--codes", action="store_true", help="also gate and up to int8 codes, in the epilogue and by a pass of its own"
     )
     parser.add_argument("--seconds", type=float, default=150.0, help="no layer starts after this long")
     parser.add_argument("--world", default="cuda", choices=["cuda", "simt"])
@@ -325,6 +372,10 @@ def main() -> int:
                 rows, cols = shapes[layer]
                 measure = measure_candidates if arguments.candidates else measure_layer
                 measurements += measure(gpu, KINDS[kind], model, layer, rows, cols, tokens, peer)
+        if arguments.codes and time.monotonic() < deadline_s:
+            for kind in arguments.kinds.split(","):
+                if KINDS[kind].activations == "int8":
+                    measurements += measure_codes(gpu, KINDS[kind], model, *shapes["gate_up"], tokens)
     print_summary(measurements)
     if arguments.json:
         device = {"name": gpu.name, "num_sms": gpu.num_sms, "memory_gb_per_second": gpu.memory_gb_per_second}

@@ -20,7 +20,7 @@ void check(const GatedActivationGpuParams& params) {
                 ", wanted float32, float16 or bfloat16");
   PARTITA_CHECK(is_real(params.out_type) || is_coded(params.out_type), "out: got dtype ", dtype_name(params.out_type),
                 ", wanted float32, float16, bfloat16, int8 or float8_e4m3fn");
-  check_row_codes(params.width, params.out_type, params.group, params.out_scale, params.out_sum,
+  check_row_codes(params.width, params.out_type, params.group, params.code_scale, params.out_scale, params.out_sum,
                   params.num_tokens == 0);
   if (params.num_tokens == 0) return;
   PARTITA_CHECK(params.in && params.out, "in, out: got a null pointer");

@@ -19,13 +19,14 @@ struct GatedActivationGpuParams {
   int64_t in_stride = 0;        // elements between tokens
   // out_type f32: the CPU's bits. Other types are computed with the special function unit's exponential and reciprocal
   // (relative 2^-21 together), so an int8 code may differ from the CPU's by one.
-  // Codes, scales, sums and groups as PrepareRowsParams has them.
+  // Codes, scales, sums, groups and code_scale as PrepareRowsParams has them.
   void* out = nullptr;  // [T, F]
   DType out_type = DType::kF32;
   int64_t out_stride = 0;
   float* out_scale = nullptr;  // [T], or [T, F / group]
   int32_t* out_sum = nullptr;
   int64_t group = 0;
+  float code_scale = 0;
   GateActivation activation = GateActivation::kSilu;
 };
 

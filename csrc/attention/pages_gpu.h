@@ -31,7 +31,9 @@ struct SwapPagesParams {
   int64_t num_pages = 0;
 };
 // The copy engine moves them, so no SM is taken from what runs beside; pages that are neighbours on both sides go in
-// one copy. Returns before the copies are done; returns their number.
+// one copy, in the order of the lists: of two pages with one target the later stays. Returns before the copies are done
+// (host memory that is not pinned is staged, which may wait); returns their number. The lists are read before it
+// returns. Throws ValueError that names the argument; page ids past an arena's end are the caller's to refuse.
 int64_t swap_pages_out(Gpu& gpu, const SwapPagesParams& params, GpuStream stream);  // device -> host
 int64_t swap_pages_in(Gpu& gpu, const SwapPagesParams& params, GpuStream stream);   // host -> device
 

@@ -12,7 +12,8 @@ namespace partita::bindings {
 namespace {
 
 void gated_activation(const py::object& x, const py::object& out, const std::string& activation,
-                      const py::object& scale, const py::object& sum, int64_t group, const py::object& stream) {
+                      const py::object& scale, const py::object& sum, int64_t group, float code_scale,
+                      const py::object& stream) {
   const std::shared_ptr<Gpu> gpu = gpu_of({x, out});
   const GpuArrayArgument x_array(*gpu, x, "x"), out_array(*gpu, out, "out");
   PARTITA_CHECK(x_array->ndim == 2 && x_array->shape[1] % 2 == 0, "x: got shape ", x_array->shape_text(),
@@ -27,6 +28,7 @@ void gated_activation(const py::object& x, const py::object& out, const std::str
   params.out_type = out_array->dtype;
   params.out_stride = params.width;
   params.group = group;
+  params.code_scale = code_scale;
   params.activation = parse_gate_activation(activation);
   const int64_t num_scales = params.num_tokens * (group > 0 ? params.width / group : 1);
   std::optional<GpuArrayArgument> scale_array, sum_array;
@@ -53,7 +55,7 @@ void gated_activation(const py::object& x, const py::object& out, const std::str
 
 void register_activation_gpu(py::module_& module) {
   module.def("gated_activation_gpu", &gated_activation, py::arg("x"), py::arg("out"), py::arg("activation"),
-             py::arg("scale"), py::arg("code_sum"), py::arg("group"), py::arg("stream"));
+             py::arg("scale"), py::arg("code_sum"), py::arg("group"), py::arg("code_scale"), py::arg("stream"));
 }
 
 }  // namespace partita::bindings

@@ -66,12 +66,14 @@ void dequantize(const CanonicalWeight& weight, const py::object& out_object) {
 }
 
 BoundLinear pack(std::shared_ptr<Gpu> gpu, const py::list& weights, const std::string& activations,
-                 bool batch_invariant, bool interleaves_gate, const std::string& selection_table) {
+                 bool batch_invariant, bool interleaves_gate, bool quantises_output,
+                 const std::string& selection_table) {
   PARTITA_CHECK(gpu != nullptr, "gpu: got none");
   GpuPackOptions options;
   options.activations = parse_gpu_activations(activations);
   options.batch_invariant = batch_invariant;
   options.interleaves_gate = interleaves_gate;
+  options.quantises_output = quantises_output;
   options.selection_table = selection_table;
   std::vector<CanonicalWeight> segments;
   for (const py::handle& weight : weights) {
@@ -96,7 +98,8 @@ GateActivation parse_gate(const std::optional<std::string>& gate) {
 
 void run(const BoundLinear& bound, const py::object& x_object, const py::object& out_object,
          const py::object& workspace_object, const py::object& x_scale_object, const py::object& x_sum_object,
-         const py::object& bias_object, const std::optional<std::string>& gate, bool add_to_out, int num_ctas,
+         const py::object& bias_object, const std::optional<std::string>& gate, bool add_to_out, float out_code_scale,
+         const py::object& out_scale_object, const py::object& out_sum_object, int num_ctas,
          const py::object& stream_object) {
   const GpuPackedLinear& linear = *bound.linear;
   GpuLinearParams params;
@@ -140,6 +143,18 @@ void run(const BoundLinear& bound, const py::object& x_object, const py::object&
     bias.emplace(*bound.gpu, bias_object, "bias");
     (*bias)->expect(DType::kF32, {linear.out_features});
     params.bias = static_cast<const float*>((*bias)->data);
+  }
+  params.out_code_scale = out_code_scale;
+  std::optional<GpuArrayArgument> out_scale, out_sum;
+  if (!out_scale_object.is_none()) {
+    out_scale.emplace(*bound.gpu, out_scale_object, "out_scale");
+    (*out_scale)->expect(DType::kF32, {params.num_tokens});
+    params.out_scale = static_cast<float*>((*out_scale)->data);
+  }
+  if (!out_sum_object.is_none()) {
+    out_sum.emplace(*bound.gpu, out_sum_object, "out_sum");
+    (*out_sum)->expect(DType::kI32, {params.num_tokens});
+    params.out_sum = static_cast<int32_t*>((*out_sum)->data);
   }
   const GpuStream stream = stream_argument(*bound.gpu, stream_object);
   const py::gil_scoped_release release;
@@ -187,10 +202,11 @@ void register_gemm_gpu(py::module_& module) {
           "unpack", [](const BoundLinear& b, int part) { return b.linear->unpack(part); }, py::arg("part") = 0)
       .def("run", &run, py::arg("x"), py::arg("out"), py::arg("workspace"), py::arg("x_scale") = py::none(),
            py::arg("x_sum") = py::none(), py::arg("bias") = py::none(), py::arg("gate") = py::none(),
-           py::arg("add_to_out") = false, py::arg("num_ctas") = 0, py::arg("stream") = py::none());
+           py::arg("add_to_out") = false, py::arg("out_code_scale") = 0.0f, py::arg("out_scale") = py::none(),
+           py::arg("out_sum") = py::none(), py::arg("num_ctas") = 0, py::arg("stream") = py::none());
   module.def("pack_linear_gpu", &pack, py::arg("gpu"), py::arg("weights"), py::arg("activations"),
              py::arg("batch_invariant") = false, py::arg("interleaves_gate") = false,
-             py::arg("selection_table") = std::string());
+             py::arg("quantises_output") = false, py::arg("selection_table") = std::string());
 }
 
 }  // namespace partita::bindings

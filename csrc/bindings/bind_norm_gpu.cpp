@@ -22,7 +22,7 @@ void check_rows(const TensorView& rows, int64_t num_rows, int64_t width) {
 struct PrepareRowsArguments {
   PrepareRowsArguments(const py::object& x_object, const py::object& out_object, const py::object& norm_weight_object,
                        float eps, const py::object& scale_object, const py::object& sum_object, int64_t group,
-                       const std::optional<int64_t>& width)
+                       const std::optional<int64_t>& width, float code_scale)
       : gpu(gpu_of({x_object, out_object})), x(*gpu, x_object, "x"), out(*gpu, out_object, "out") {
     PARTITA_CHECK(x->ndim == 2, "x: got shape ", x->shape_text(), ", wanted [T, K]");
     params.num_rows = x->shape[0];
@@ -37,6 +37,7 @@ struct PrepareRowsArguments {
     params.out_stride = out->shape[1];
     params.norm_eps = eps;
     params.group = group;
+    params.code_scale = code_scale;
     if (!norm_weight_object.is_none()) {
       norm_weight.emplace(*gpu, norm_weight_object, "norm_weight");
       params.norm_weight = norm_weight->view().expect(DType::kF32, {params.width}).as<float>();
@@ -68,8 +69,8 @@ struct PrepareRowsArguments {
 
 void prepare(const py::object& x, const py::object& out, const py::object& norm_weight, float eps,
              const py::object& scale, const py::object& sum, int64_t group, const std::optional<int64_t>& width,
-             const py::object& stream) {
-  const PrepareRowsArguments arguments(x, out, norm_weight, eps, scale, sum, group, width);
+             float code_scale, const py::object& stream) {
+  const PrepareRowsArguments arguments(x, out, norm_weight, eps, scale, sum, group, width, code_scale);
   const GpuStream gpu_stream = stream_argument(*arguments.gpu, stream);
   const py::gil_scoped_release no_gil;
   prepare_rows(*arguments.gpu, arguments.params, gpu_stream);
@@ -78,12 +79,12 @@ void prepare(const py::object& x, const py::object& out, const py::object& norm_
 std::string describe(const py::object& x, const py::object& out, const py::object& norm_weight, float eps,
                      const py::object& scale, const py::object& sum, int64_t group,
                      const std::optional<int64_t>& width) {
-  return describe_prepare_rows(PrepareRowsArguments(x, out, norm_weight, eps, scale, sum, group, width).params);
+  return describe_prepare_rows(PrepareRowsArguments(x, out, norm_weight, eps, scale, sum, group, width, 0).params);
 }
 
 void rms_norm_gpu(const py::object& x, const py::object& weight, const py::object& out, float eps, bool add_to_out,
                   const py::object& stream) {
-  if (!add_to_out) return prepare(x, out, weight, eps, py::none(), py::none(), 0, std::nullopt, stream);
+  if (!add_to_out) return prepare(x, out, weight, eps, py::none(), py::none(), 0, std::nullopt, 0, stream);
   const std::shared_ptr<Gpu> gpu = gpu_of({x, weight, out});
   const GpuArrayArgument x_array(*gpu, x, "x"), weight_array(*gpu, weight, "weight"), out_array(*gpu, out, "out");
   PARTITA_CHECK(x_array->ndim == 2, "x: got shape ", x_array->shape_text(), ", wanted [T, H]");
@@ -108,7 +109,8 @@ void register_norm_gpu(py::module_& module) {
   module.def("rms_norm_gpu", &rms_norm_gpu, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("eps"),
              py::arg("add_to_out"), py::arg("stream"));
   module.def("prepare_rows", &prepare, py::arg("x"), py::arg("out"), py::arg("norm_weight"), py::arg("eps"),
-             py::arg("scale"), py::arg("code_sum"), py::arg("group"), py::arg("width"), py::arg("stream"));
+             py::arg("scale"), py::arg("code_sum"), py::arg("group"), py::arg("width"), py::arg("code_scale"),
+             py::arg("stream"));
   module.def("describe_prepare_rows", &describe, py::arg("x"), py::arg("out"), py::arg("norm_weight") = py::none(),
              py::arg("eps") = 1e-6f, py::arg("scale") = py::none(), py::arg("code_sum") = py::none(),
              py::arg("group") = 0, py::arg("width") = std::nullopt,

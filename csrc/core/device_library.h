@@ -12,7 +12,7 @@ namespace partita {
 
 // Raised whenever Gpu, this struct or a kernel family's entry type changes shape: a library that was carried here from
 // another build must not be opened by a kernel library that sees it differently.
-constexpr int kDeviceLibraryVersion = 1;
+constexpr int kDeviceLibraryVersion = 2;
 
 // What the host execution offers beside: see csrc/simt/README.md. Null in a CUDA library.
 struct SimtControls {

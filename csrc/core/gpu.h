@@ -78,9 +78,10 @@ class Gpu {
   virtual void destroy_graph(GpuGraph graph) noexcept = 0;
 
   // Splits of the chip, one for each wanted size of the first part, rounded to what the device grants and without
-  // duplicates; empty, with the reason in partition_note(), where the driver cannot split it. They live as long as
-  // the Gpu.
+  // duplicates; empty, with the reason in partition_note(), where the driver cannot split it. They are the
+  // caller's until return_rungs, which keeps them for the next who asks: a process holds only so many contexts.
   virtual std::vector<GpuRung> make_rungs(const std::vector<int>& first_sms) = 0;
+  virtual void return_rungs(const std::vector<GpuRung>& rungs) noexcept = 0;
   virtual std::string partition_note() const = 0;
 };
 

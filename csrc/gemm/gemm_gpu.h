@@ -48,11 +48,16 @@ struct GpuLinearParams {
   const int32_t* x_sum = nullptr;  // [T] sum of the codes (int8)
   int64_t num_tokens = 0;          // T
   void* out = nullptr;             // [T, N] (gated: [T, N / 2])
-  DType out_type = DType::kF32;    // f32, f16 or bf16
+  DType out_type = DType::kF32;    // f32, f16 or bf16; int8 or e4m3 where packed with quantises_output
   int64_t out_stride = 0;          // elements between tokens
   const float* bias = nullptr;     // [N] in the order of the segments, or null
   bool add_to_out = false;         // out += (f32 only)
   GateActivation gate = GateActivation::kNone;  // first half of the rows is gate, second half up: out = f(gate) * up
+  // Codes as out: those of prepare_rows (norm/norm_gpu.h) with this code_scale over the same outputs in fp32, bit for
+  // bit. One number for all tokens, known beforehand: a row's own maximum is known to no tile of it.
+  float out_code_scale = 0;
+  float* out_scale = nullptr;  // [T] or null: set to out_code_scale, the x_scale of the linear that reads the codes
+  int32_t* out_sum = nullptr;  // [T] or null: sums of the int8 codes, its x_sum
   // workspace_bytes(T) or more, 256-byte aligned, of one stream at a time. Its counters are zero before and after each
   // run: the caller zeroes it once.
   std::byte* workspace = nullptr;
@@ -66,6 +71,8 @@ struct GpuPackOptions {
   // The segments are gate|up and every run is gated: rows of both halves are interleaved by eight, so that one lane
   // holds both sums of an output.
   bool interleaves_gate = false;
+  // Every run's out is int8 or e4m3 codes: only kernels whose epilogue stores them are candidates.
+  bool quantises_output = false;
   // Replaces the cost model's choice where a line matches; see select_gpu.h for the format. Empty: none.
   std::string selection_table;
 };

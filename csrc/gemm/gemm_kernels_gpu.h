@@ -63,6 +63,11 @@ struct GemmKernelParams {
   const float* up_bias = nullptr;  // gated: up half
   bool add_to_out = false;
   GateActivation gate = GateActivation::kNone;
+  // int8 and e4m3 as out_type. out_sum is zero before the launch; the launch that has output 0 sets out_scale, others
+  // have null there.
+  float out_code_scale = 0, out_inverse_scale = 0;
+  float* out_scale = nullptr;
+  int32_t* out_sum = nullptr;
   // Schedule, chosen on the host. Split s of a tile covers K tiles [s, s + 1) * ceil(num K tiles / num_splits).
   int32_t num_splits = 1;
   float* partials = nullptr;     // [num tiles, num_splits, tile tokens, tile channels] fp32
@@ -91,6 +96,7 @@ struct GemmKernel {
   size_t shared_bytes;
   int ctas_per_sm;  // that registers and shared memory allow, for the cost model
   bool can_split;
+  bool stores_codes;  // takes int8 and e4m3 as out_type
   // How an output is summed. Kernels of the same class other than kOwn give it the same bits: kIntegers at any number
   // of splits, the others at one.
   enum Accumulation : int { kOwn, kIntegers, kAscendingFma, kAscendingMma, kAscendingWgmma };

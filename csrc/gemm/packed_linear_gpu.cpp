@@ -127,6 +127,7 @@ class GpuLinear final : public GpuPackedLinear {
   void run(const GpuLinearParams& params, GpuStream stream) const override {
     check(params);
     if (params.num_tokens == 0) return;
+    if (params.out_sum) gpu_->fill(params.out_sum, 0, params.num_tokens * sizeof(int32_t), stream);
     for (const Part& part : parts_) run_part(part, params, stream);
   }
 
@@ -213,6 +214,7 @@ class GpuLinear final : public GpuPackedLinear {
     problem.activations = activations;
     problem.gate = options_.interleaves_gate ? GateActivation::kSilu : GateActivation::kNone;
     problem.batch_invariant = options_.batch_invariant;
+    problem.quantises_output = options_.quantises_output;
     problem.device = gpu_->properties();
     return problem;
   }
@@ -404,8 +406,22 @@ class GpuLinear final : public GpuPackedLinear {
     PARTITA_CHECK(is_gated == options_.interleaves_gate, "gate: got ", is_gated ? "one" : "none", ", but was packed ",
                   options_.interleaves_gate ? "with its gate and up rows interleaved" : "for runs without a gate");
     const int64_t num_outputs = is_gated ? out_features / 2 : out_features;
-    PARTITA_CHECK(params.out_type == DType::kF32 || params.out_type == DType::kF16 || params.out_type == DType::kBF16,
-                  "out: got dtype ", dtype_name(params.out_type), ", wanted float32, float16 or bfloat16");
+    const bool is_coded = params.out_type == DType::kI8 || params.out_type == DType::kE4M3;
+    if (options_.quantises_output) {
+      PARTITA_CHECK(is_coded, "out: got dtype ", dtype_name(params.out_type),
+                    ", wanted int8 or float8_e4m3fn, as it was packed with quantises_output");
+      PARTITA_CHECK(params.out_code_scale > 0 && std::isfinite(params.out_code_scale) &&
+                        std::isfinite(1.0f / params.out_code_scale),
+                    "out_code_scale: got ", params.out_code_scale, ", wanted a normal positive number");
+    } else {
+      PARTITA_CHECK(params.out_type == DType::kF32 || params.out_type == DType::kF16 || params.out_type == DType::kBF16,
+                    "out: got dtype ", dtype_name(params.out_type), ", wanted float32, float16 or bfloat16",
+                    is_coded ? " (codes where it was packed with quantises_output)" : "");
+      PARTITA_CHECK(params.out_code_scale == 0 && !params.out_scale, "out_code_scale, out_scale: given with an out of ",
+                    dtype_name(params.out_type), ", wanted none");
+    }
+    PARTITA_CHECK(!params.out_sum || params.out_type == DType::kI8, "out_sum: given with an out of ",
+                  dtype_name(params.out_type), ", wanted none: only int8 codes have sums");
     PARTITA_CHECK(params.out_stride >= num_outputs, "out: got a stride of ", params.out_stride,
                   " elements, wanted at least ", num_outputs);
     PARTITA_CHECK(!params.add_to_out || (params.out_type == DType::kF32 && !is_gated),
@@ -444,6 +460,12 @@ class GpuLinear final : public GpuPackedLinear {
     launch.up_bias = params.bias ? params.bias + part.first_column + part.problem.weight.out_features / 2 : nullptr;
     launch.add_to_out = params.add_to_out;
     launch.gate = params.gate;
+    if (options_.quantises_output) {
+      launch.out_code_scale = params.out_code_scale;
+      launch.out_inverse_scale = 1.0f / params.out_code_scale;
+      launch.out_scale = part.first_column == 0 ? params.out_scale : nullptr;
+      launch.out_sum = params.out_sum;
+    }
     if (has_block_scales(part)) launch.x_scale_groups = static_cast<int32_t>((in_features + 127) / 128);
     launch.num_splits = choice.num_splits;
     launch.counters = reinterpret_cast<uint32_t*>(params.workspace);

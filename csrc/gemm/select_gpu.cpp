@@ -187,6 +187,7 @@ std::string rejection(const GemmKernel& kernel, const GemmProblem& problem) {
   if (kernel.shared_bytes > problem.device.shared_bytes_per_block)
     return concat("needs ", kernel.shared_bytes, " bytes of shared memory, the device gives ",
                   problem.device.shared_bytes_per_block);
+  if (problem.quantises_output && !kernel.stores_codes) return "its epilogue stores floats only, not codes";
   const uint32_t group = weight.group < 0 ? GemmKernel::kWholeRow : static_cast<uint32_t>(weight.group);
   if ((kernel.groups & group) == 0)
     return weight.group < 0 ? "takes no scale per row" : concat("takes no groups of ", weight.group);

@@ -37,6 +37,7 @@ struct GemmProblem {
   GpuActivations activations = GpuActivations::kBF16;
   GateActivation gate = GateActivation::kNone;
   bool batch_invariant = false;
+  bool quantises_output = false;
   GpuProperties device;
 };
 

@@ -31,7 +31,8 @@ void check(const PrepareRowsParams& params, const char* in, const char* out) {
                 ", wanted float32, float16, bfloat16, int8 or float8_e4m3fn");
   PARTITA_CHECK(std::isfinite(params.norm_eps) && params.norm_eps >= 0, "norm_eps: got ", params.norm_eps,
                 ", wanted a finite number of at least 0");
-  check_row_codes(params.width, params.out_type, params.group, params.out_scale, params.out_sum, params.num_rows == 0);
+  check_row_codes(params.width, params.out_type, params.group, params.code_scale, params.out_scale, params.out_sum,
+                  params.num_rows == 0);
   if (params.num_rows == 0) return;
   PARTITA_CHECK(params.in && params.out, in, ", ", out, ": got a null pointer");
   PARTITA_CHECK(params.in_stride >= params.width || params.num_rows == 1, in, ": got a stride of ", params.in_stride,
@@ -56,8 +57,13 @@ bool is_row_aligned(const void* rows, int64_t stride, DType type) {
          stride * static_cast<int64_t>(dtype_bytes(type)) % vector_bytes == 0;
 }
 
-void check_row_codes(int64_t width, DType out_type, int64_t group, const float* out_scale, const int32_t* out_sum,
-                     bool is_empty) {
+void check_row_codes(int64_t width, DType out_type, int64_t group, float code_scale, const float* out_scale,
+                     const int32_t* out_sum, bool is_empty) {
+  PARTITA_CHECK(
+      std::isfinite(code_scale) && code_scale >= 0 && std::isfinite(1.0f / (code_scale > 0 ? code_scale : 1.0f)),
+      "code_scale: got ", code_scale, ", wanted 0 (each row's own) or a normal positive number");
+  PARTITA_CHECK(code_scale == 0 || (is_coded(out_type) && group == 0), "code_scale: got ", code_scale, " with dtype ",
+                dtype_name(out_type), " and group ", group, ", wanted int8 or float8_e4m3fn and no group");
   PARTITA_CHECK(group == 0 || group == 32 || group == 128, "group: got ", group,
                 ", wanted 0 (one scale per row), 32 or 128");
   PARTITA_CHECK(group == 0 || is_coded(out_type), "group: got ", group, " with dtype ", dtype_name(out_type),
@@ -67,8 +73,8 @@ void check_row_codes(int64_t width, DType out_type, int64_t group, const float* 
                 ", wanted none: only int8 codes have sums");
   PARTITA_CHECK(!out_scale || is_coded(out_type), "out_scale: given with dtype ", dtype_name(out_type),
                 ", wanted none: only int8 and float8_e4m3fn have scales");
-  PARTITA_CHECK(!is_coded(out_type) || out_scale || is_empty, "out_scale: got none, wanted an array for dtype ",
-                dtype_name(out_type));
+  PARTITA_CHECK(!is_coded(out_type) || out_scale || code_scale > 0 || is_empty,
+                "out_scale: got none, wanted an array for dtype ", dtype_name(out_type));
 }
 
 RowSchedule schedule_row(int64_t width, bool is_aligned) {

@@ -39,6 +39,10 @@ struct PrepareRowsParams {
   float* out_scale = nullptr;  // [T], or [T, K / group]; int8 and e4m3
   int32_t* out_sum = nullptr;  // the same shape: sums of the int8 codes; null: not wanted
   int64_t group = 0;           // 0: one scale per row; 32 or 128, a divisor of K
+  // > 0: int8 and e4m3 codes of y / code_scale, one number known beforehand (a checkpoint's static scale) in the place
+  // of every row's own: round(y * (1 / code_scale)), int8 held to -128..127 (a NaN: -128), e4m3 to +-448. No group.
+  // out_scale may then be null; where it is not, it is set to code_scale.
+  float code_scale = 0;
 };
 
 // Throws ValueError that names the field, and RuntimeError where the device's library lacks the kernel.
@@ -71,9 +75,10 @@ struct RowSchedule {
 RowSchedule schedule_row(int64_t width, bool is_aligned);
 // Items of eight values can be moved by whole vectors in every row.
 bool is_row_aligned(const void* rows, int64_t stride, DType type);
-// Of an op whose out may be codes: throws ValueError unless group, out_scale and out_sum fit out_type and width.
-void check_row_codes(int64_t width, DType out_type, int64_t group, const float* out_scale, const int32_t* out_sum,
-                     bool is_empty);
+// Of an op whose out may be codes: throws ValueError unless group, code_scale, out_scale and out_sum fit out_type and
+// width.
+void check_row_codes(int64_t width, DType out_type, int64_t group, float code_scale, const float* out_scale,
+                     const int32_t* out_sum, bool is_empty);
 
 struct PrepareRowsKernel {
   static constexpr const char* kFamily = "prepare_rows";

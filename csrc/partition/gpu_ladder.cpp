@@ -25,7 +25,8 @@ GpuLadder::GpuLadder(std::shared_ptr<Gpu> gpu, std::vector<double> shares) : gpu
   }
   own_streams_.push_back(gpu_->create_stream());
   whole_ = {own_streams_.back(), num_sms, 0};
-  for (const GpuRung& rung : gpu_->make_rungs(wanted))
+  gpu_rungs_ = gpu_->make_rungs(wanted);
+  for (const GpuRung& rung : gpu_rungs_)
     rungs_.push_back({partition_of(rung.first, rung.first_sms), partition_of(rung.second, rung.second_sms)});
   note_ = gpu_->partition_note();
   is_isolated_ = !rungs_.empty();
@@ -42,6 +43,7 @@ GpuLadder::GpuLadder(std::shared_ptr<Gpu> gpu, std::vector<double> shares) : gpu
 }
 
 GpuLadder::~GpuLadder() {
+  gpu_->return_rungs(gpu_rungs_);
   for (GpuStream stream : own_streams_) gpu_->destroy_stream(stream);
 }
 

@@ -42,6 +42,7 @@ class GpuLadder {
   std::shared_ptr<Gpu> gpu_;
   GpuPartition whole_;
   std::vector<GpuLadderRung> rungs_;
+  std::vector<GpuRung> gpu_rungs_;  // lent until the end
   std::vector<GpuStream> own_streams_;
   bool is_isolated_ = false;
   std::string note_;

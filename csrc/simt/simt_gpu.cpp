@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <new>
 #include <stdexcept>
@@ -138,18 +139,29 @@ class SimtGpu final : public Gpu {
   // Rounded to multiples of two SMs; the parts have streams of their own and no SMs to keep apart.
   std::vector<GpuRung> make_rungs(const std::vector<int>& first_sms) override {
     std::vector<GpuRung> rungs;
+    const std::lock_guard<std::mutex> lock(mutex_);
     for (int wanted : first_sms) {
       const int granted = std::max(2, std::min(kNumSms - 2, (wanted + 1) / 2 * 2));
       if (!rungs.empty() && rungs.back().first_sms == granted) continue;
-      rungs.push_back({granted, kNumSms - granted, create_stream(), create_stream()});
+      const auto found = idle_rungs_.find(granted);
+      if (found == idle_rungs_.end()) {
+        rungs.push_back({granted, kNumSms - granted, create_stream(), create_stream()});
+        all_rungs_.push_back(rungs.back());
+      } else {
+        rungs.push_back(found->second);
+        idle_rungs_.erase(found);
+      }
     }
-    rung_streams_.insert(rung_streams_.end(), rungs.begin(), rungs.end());
     return rungs;
+  }
+  void return_rungs(const std::vector<GpuRung>& rungs) noexcept override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const GpuRung& rung : rungs) idle_rungs_.emplace(rung.first_sms, rung);
   }
   std::string partition_note() const override { return "host execution: parts of the chip are streams only"; }
 
   ~SimtGpu() override {
-    for (const GpuRung& rung : rung_streams_) {
+    for (const GpuRung& rung : all_rungs_) {
       destroy_stream(rung.first);
       destroy_stream(rung.second);
     }
@@ -161,7 +173,8 @@ class SimtGpu final : public Gpu {
   std::map<void*, size_t> sizes_;
   size_t used_bytes_ = 0;
   Stream default_stream_;
-  std::vector<GpuRung> rung_streams_;
+  std::vector<GpuRung> all_rungs_;
+  std::multimap<int, GpuRung> idle_rungs_;  // by the SMs granted to the first part
 };
 
 int num_devices(std::string*) { return 1; }

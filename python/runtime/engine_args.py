@@ -141,8 +141,8 @@ class EngineArgs:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         from scheduler.arrangement import GRANULARITIES
-        from scheduler.config import is_lanes
-        from scheduler.policy import policy_named
+        from scheduler.config import SchedulerConfig, is_lanes
+        from scheduler.policy import policy_named, with_preset
 
         policy_named(self.policy)
         if not isinstance(self.lanes, str) or not is_lanes(self.lanes):
@@ -151,6 +151,9 @@ class EngineArgs:
             raise ValueError(f"prefill must be one of {', '.join(GRANULARITIES)}, got {self.prefill!r}")
         if self.nano_batches not in ("", *NANO_BATCHES):
             raise ValueError(f"nano_batches must be one of {', '.join(NANO_BATCHES)}, got {self.nano_batches!r}")
+        # Whether they go together, before a model is loaded.
+        flags = {"lanes": self.lanes, "prefill": self.prefill, "nano_batches": self.nano_batches}
+        with_preset(SchedulerConfig(num_pages=1, policy=self.policy, **flags))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         return self

@@ -139,7 +139,7 @@ def _batched_tokens(args, device) -> int:
     preset, controller = _preset(args), policy_named(args.policy).controller
     # Arbitration, by its name or as what moves the border of a policy that has no controller, may cut in any way.
     arbitrates = preset.lanes == "auto" and controller in (None, policy_named("arbitrate").controller)
-    is_cut = preset.prefill == "token" and not arbitrates
+    is_cut = preset.prefill == "token" or (not preset.prefill and not arbitrates)
     default = device.batched_tokens if is_cut else max(device.batched_tokens, RUN_TOKENS)
     return args.max_num_batched_tokens or max(default, args.max_num_seqs)
 

@@ -61,6 +61,8 @@ class ComposedPages:
         match, num_tokens, num_needed = fit
         composition.num_reserved_pages += num_needed
         composition.admissions.append((request, match))
+        if composition.held is not None:
+            composition.held += self._peak.held_by([request])
         composition.shares.append((request, num_tokens))
         composition.budget -= num_tokens
         return True
@@ -76,8 +78,10 @@ class ComposedPages:
         if not is_alone and num_available < request.admission_threshold:
             return None
         if self._peak is not None and not is_alone:
-            admitted = [other for other, _ in composition.admissions]
-            if not self._peak.admits(request, [*self._running, *admitted]):
+            if composition.held is None:
+                admitted = [other for other, _ in composition.admissions]
+                composition.held = self._peak.held_by([*self._running, *admitted])
+            if not self._peak.admits(request, composition.held):
                 return None
         match = pages.match(request)
         start, num_tokens, num_needed = self._admission(request, match, composition.budget)
@@ -151,4 +155,5 @@ class ComposedPages:
                 break
         self._preempt(victim)
         composition.has_preempted = True
+        composition.held = None
         return victim is not request

@@ -15,7 +15,7 @@ from scheduler.arrangement import PREFILL_LANE
 from scheduler.composed_pages import ComposedPages
 from scheduler.config import SchedulerConfig
 from scheduler.outlook import Outlook
-from scheduler.peak_admission import PeakAdmission
+from scheduler.peak_admission import HeldTokens, PeakAdmission
 from scheduler.policy import Policy
 from scheduler.prefix_cache import PrefixMatch
 from scheduler.queues import RunningList, WaitingQueue
@@ -28,7 +28,7 @@ RUNNING = RequestStatus.RUNNING
 class Composition:
     """One plan in the making."""
 
-    __slots__ = ("lane", "shares", "admissions", "budget", "num_reserved_pages", "has_stalled", "has_preempted")
+    __slots__ = ("lane", "shares", "admissions", "budget", "num_reserved_pages", "has_stalled", "has_preempted", "held")
 
     def __init__(self, lane: int, budget: int) -> None:
         self.lane = lane
@@ -38,6 +38,7 @@ class Composition:
         self.num_reserved_pages = 0  # that the commit will take
         self.has_stalled = False  # a running request got no page
         self.has_preempted = False
+        self.held: list[HeldTokens] | None = None  # by who runs and who was admitted; None: nobody has asked yet
 
     @property
     def num_tokens(self) -> int:

@@ -38,7 +38,7 @@ class SchedulerConfig:
     policy: str = "default"
     lanes: str = ""  # "off", "auto" or "P:D" in percent of the chip for prefill and decode; "": as the policy has it
     rungs: tuple[float, ...] = ()  # shares at which the chip can be cut for the prefill lane, ascending, below 1
-    prefill: str = ""  # "token", "layer" or "operator": how prompts are cut; "": as the policy has it
+    prefill: str = ""  # "token", "layer" or "operator": how prompts are cut; "": as policy or controller have it
     nano_batches: str = ""  # "off", "auto" or "2" to "4"; "": as the policy has it
     num_nodes: int = 0  # of the program; 0: unknown, prompts can only be cut by tokens
     layer_starts: tuple[int, ...] = ()  # the first node of every layer
@@ -61,6 +61,8 @@ class SchedulerConfig:
         )
         self._check("prefill", self.prefill in ("", "token", "layer", "operator"), "token, layer or operator")
         self._check("nano_batches", self.nano_batches in ("", "off", "auto", "2", "3", "4"), "off, auto or 2 to 4")
+        is_cut = self.nano_batches in ("2", "3", "4") and parse_lanes(self.lanes) is not None
+        self._check("nano_batches", not is_cut, f"off or auto with lanes {self.lanes}: only steps of one lane are cut")
         edges = (0.0, *self.rungs, 1.0)
         rungs_ok = all(low < high for low, high in pairwise(edges))
         self._check("rungs", rungs_ok, "shares between 0 and 1, ascending")

@@ -27,6 +27,7 @@ from scheduler.request import Request
 from scheduler.step_shape import StepShape
 
 WHOLE_CHIP = 1.0
+MOST_TURNS_WAITED = 16
 
 
 class NextWork(NamedTuple):
@@ -73,16 +74,16 @@ def _at_rung(shares: tuple[float, float], rungs: Sequence[float]) -> tuple[float
 
 class LanePlanner:
     def __init__(
-        self, config: SchedulerConfig, policy: Policy, controller: Controller, composer: Composer, outlook: Outlook,
+        self, config: SchedulerConfig, controller: Controller, composer: Composer, outlook: Outlook,
         runs: RunTable,
     ) -> None:  # fmt: skip
         self._config = config
-        self._policy = policy
         self._controller = controller
         self._composer = composer
         self._outlook = outlook
         self._runs = runs
         self._has_parts = config.num_nodes > 0 and len(config.layer_starts) > 0
+        self._num_turns_waited = 0  # in which decodes went on alone though a run rested
         self._part_was_last = False  # lane 0 takes turns between decodes and parts
         # Who runs comes before who waits: nobody is admitted while a decode lacks a page, or the page that a prompt was
         # preempted for would go to it again, for ever.
@@ -93,10 +94,13 @@ class LanePlanner:
         self.counts: dict[str, int] = {}  # arrangement -> times it was decided on
 
     def arrange(self) -> Arrangement:
-        """Asks the controller. A granularity that was asked for stands; without a program's nodes only tokens are cut."""
+        """Asks the controller. A granularity or a number of nano-batches that was asked for stands; without a program's
+        nodes only tokens are cut."""
         decided = self._controller.arrange(self._outlook)
-        if self._config.prefill and self._config.prefill != self._policy.prefill:
+        if self._config.prefill and self._config.prefill != decided.granularity:
             decided = replace(decided, granularity=self._config.prefill)
+        if self._config.nano_batches in ("2", "3", "4") and not decided.is_spatial:
+            decided = replace(decided, num_nano_batches=int(self._config.nano_batches))
         if not self._has_parts and decided.granularity != "token":
             decided = replace(decided, granularity="token")
         self.arrangement = decided
@@ -187,8 +191,9 @@ class LanePlanner:
                 run = self._runs.first_resting()  # whoever ranks before it cannot begin after all
                 if run is None:
                     return None
-        if run is not None and can_wait and self._is_too_long(run, arrangement.segment_s):
+        if run is not None and can_wait and self._has_to_wait(run, arrangement.segment_s):
             return None
+        self._num_turns_waited = 0
         if run is not None:
             return NextWork(WHOLE_CHIP, run=run, last=self._part_end(run.shape, run.cursor, run.bounds, arrangement))
         shape = StepShape(0, 0, 0)
@@ -224,12 +229,19 @@ class LanePlanner:
             return _next_bound(group_bounds(config.layer_starts, config.num_nodes, num_groups), cursor)
         return model.last_node_within(shape, cursor, limit_s)
 
-    def _is_too_long(self, run: PrefillRun, limit_s: float) -> bool:
-        """Its next operator, for decodes that wait meanwhile: on two cores one of 2,048 tokens takes 20 ms."""
+    def _has_to_wait(self, run: PrefillRun, limit_s: float) -> bool:
+        """Its next operator takes longer than decodes can wait (on two cores one of 2,048 tokens takes 20 ms): they gather
+        credit first, for some turns. Without an end to that, who hardly keeps a target would keep prompts out for ever."""
         model = self._outlook.cost_model
         if model is None or not limit_s or len(run.bounds) > 1 or not self._outlook.has_decode():
             return False
-        return model.range_s(run.shape, run.cursor, run.cursor + 1) > limit_s
+        if (
+            self._num_turns_waited >= MOST_TURNS_WAITED
+            or model.range_s(run.shape, run.cursor, run.cursor + 1) <= limit_s
+        ):
+            return False
+        self._num_turns_waited += 1
+        return True
 
     def _resting_run_to_go_on(self, lane: int) -> PrefillRun | None:
         """The resting run whose turn it is; None: a new one comes before it, or there is none."""
@@ -276,9 +288,8 @@ class LanePlanner:
         return left * (now_s - whole_s) > 2.0 * pause_s
 
     def _has_frame_for(self, lead: Request) -> bool:
-        """The last one is kept for who needs it for half as long as the others theirs, or less. (When a third long prompt
-        could take it, because it ranked before two that rested, all who came after had to wait for its end: 17 of 112 were
-        late in a simulated mix.)"""
+        """The last one is kept for who needs it for half as long as the others theirs, or less. (A third long prompt
+        that ranks before two that rest would take it, and all who come after would have to wait for its end.)"""
         num_left = self._config.max_resting_runs - len(self._runs)
         if num_left != 1 or not self._runs:
             return num_left > 0

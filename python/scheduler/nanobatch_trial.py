@@ -95,7 +95,7 @@ def _words(state: _Kind) -> str:
     if state.uses_nano is None:
         return f"on trial, {len(state.cut_s)} steps cut and {len(state.whole_s)} whole"
     if not state.is_measured:
-        return "cut, as the cost model has it: nothing was measured"
+        return "cut, as predicted: nothing was measured"
     cut_us, whole_us = median(state.cut_s) * 1e6, median(state.whole_s) * 1e6
     return (
         f"{'cut' if state.uses_nano else 'whole'}: {cut_us:.1f} us per token cut, {whole_us:.1f} whole "

@@ -86,17 +86,16 @@ class PeakAdmission:
     def hear_preempted(self) -> None:
         self._refused = None
 
-    def admits(self, request: Request, running: Iterable[Request]) -> bool:
-        """running: who holds KV or is about to, prompts that are not done included."""
+    def admits(self, request: Request, held: list[HeldTokens]) -> bool:
+        """held: of who holds KV or is about to, prompts that are not done included."""
         if request is self._refused:
             return False  # as time passes the predicted peak stays or, where answers outlive the mean, rises
-        *held, candidate = self._held_by([*running, request])
-        if admits_by_peak(held, candidate, self._num_kv_tokens):
+        if admits_by_peak(held, *self.held_by([request]), self._num_kv_tokens):
             return True
         self._refused = request
         return False
 
-    def _held_by(self, requests: list[Request]) -> list[HeldTokens]:
+    def held_by(self, requests: Iterable[Request]) -> list[HeldTokens]:
         """What remains is the mean less what is there, within what it may generate; 1 for who has outlived the mean."""
         mean_tokens, last_page = round(self._mean.tokens), self._page_size - 1
         held = []

@@ -99,7 +99,7 @@ class Policy:
     )
     # What a flag that is not given means; what is given wins.
     lanes: str = "off"
-    prefill: str = "token"
+    prefill: str = ""  # "token", or as the controller of lanes "auto" decides from boundary to boundary
     nano_batches: str = "off"
     controller: Callable[[SchedulerConfig, CostModel | None], Controller] | None = None  # of lanes "auto"
 
@@ -123,10 +123,12 @@ def policy_named(name: str) -> Policy:
 
 
 def with_preset(config: SchedulerConfig) -> SchedulerConfig:
-    """The configuration with the policy's own lanes, granularity and nano-batches where none were asked for."""
+    """The configuration with the policy's own lanes, granularity and nano-batches where none were asked for. A granularity
+    stays "" where a controller decides it. Raises ValueError where they contradict each other."""
     policy = policy_named(config.policy)
+    lanes = config.lanes or policy.lanes
     return replace(
-        config, lanes=config.lanes or policy.lanes, prefill=config.prefill or policy.prefill,
+        config, lanes=lanes, prefill=config.prefill or policy.prefill or ("" if lanes == "auto" else "token"),
         nano_batches=config.nano_batches or policy.nano_batches,
     )  # fmt: skip
 

@@ -86,9 +86,7 @@ class Scheduler:
         )  # fmt: skip
         self._planner: LanePlanner | None = None  # None: plans are the composer's, whole and of one lane's kind
         if self._controller is not None:
-            self._planner = LanePlanner(
-                config, self._policy, self._controller, self._composer, self._outlook, self._runs
-            )
+            self._planner = LanePlanner(config, self._controller, self._composer, self._outlook, self._runs)
         self._run_lives = RunLives(
             config.num_nodes, self._runs, self._pages, self._order, preempt=lives.preempt, drained=lives.drained
         )

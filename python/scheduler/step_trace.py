@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import deque
 
 
 class StepTrace:
@@ -18,7 +19,7 @@ class StepTrace:
         """``path``: where ``close`` writes; None: nowhere."""
         self._node_names = node_names
         self._path = path
-        self._events: list[dict] = []
+        self._events: deque[dict] = deque(maxlen=self.MAX_EVENTS)
         self._lock = threading.Lock()
 
     def add(self, completion: dict, plan) -> None:
@@ -57,8 +58,6 @@ class StepTrace:
             )  # fmt: skip
         with self._lock:
             self._events.extend(events)
-            if len(self._events) > self.MAX_EVENTS:
-                del self._events[: len(self._events) - self.MAX_EVENTS]
 
     def events(self) -> list[dict]:
         with self._lock:

@@ -173,6 +173,43 @@ def test_rows_without_size_and_with_nan(gpu):
     assert (codes[4:].astype(np.float32) == 448).all()
 
 
+@pytest.mark.parametrize("out_type", ["int8", "float8_e4m3fn"])
+def test_a_scale_known_beforehand(gpu, rng, out_type):
+    """Of rows, with and without a norm, and of the activation; the ends of the type hold what is beyond them."""
+    x, weight = rows_of(rng, 3, 200), rng.standard_normal(200).astype(np.float32)
+    gates = rows_of(rng, 3, 400)
+    activated = poisoned(gpu, (3, 200), "float32")
+    gated_activation(upload(gpu, gates), activated)
+    device_weight = upload(gpu, weight)
+    normed_rows = prepared(gpu, x, "float32", norm_weight=device_weight)[0]
+    scale = np.float32(0.01)
+    for y, run in (
+        (x, lambda out, **codes: prepare_rows(upload(gpu, x), out, **codes)),
+        (normed_rows, lambda out, **codes: prepare_rows(upload(gpu, x), out, norm_weight=device_weight, **codes)),
+        (download(activated), lambda out, **codes: gated_activation(upload(gpu, gates), out, **codes)),
+    ):
+        out, scales = poisoned(gpu, (3, 200), out_type), poisoned(gpu, (3, 1), "float32")
+        sums = poisoned(gpu, (3, 1), "int32") if out_type == "int8" else None
+        run(out, scale=scales, code_sum=sums, code_scale=float(scale))
+        scaled = y * (np.float32(1) / scale)
+        if out_type == "int8":
+            wanted = np.clip(np.rint(scaled), -128, 127)
+            near = np.abs(download(out).astype(np.float32) - wanted) <= (
+                1 if y is not x and y is not normed_rows else 0
+            )
+            assert near.all()  # the activation's own rounding differs between types
+            np.testing.assert_array_equal(download(sums)[:, 0], download(out).astype(np.int32).sum(1))
+        else:
+            wanted = np.clip(scaled, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+            np.testing.assert_allclose(download(out).astype(np.float32), wanted, rtol=0.13, atol=2**-9)
+        np.testing.assert_array_equal(download(scales), np.full((3, 1), scale))
+        run(out, code_scale=float(scale))  # scales and sums may be left out
+    with pytest.raises(ValueError, match="code_scale"):
+        prepare_rows(upload(gpu, x), poisoned(gpu, (3, 200), "float32"), code_scale=0.5)
+    with pytest.raises(ValueError, match="code_scale"):
+        prepare_rows(upload(gpu, x), poisoned(gpu, (3, 200), out_type), code_scale=-1.0)
+
+
 def test_norm_in_place_and_added_to_the_residual(gpu, rng):
     for width in (576, 77):
         branch, residual = rows_of(rng, 3, width), rows_of(rng, 3, width)
@@ -409,6 +446,17 @@ def test_swap_pages(gpu, rng):
     want[[0, 5]] = pages[[7, 2]]
     np.testing.assert_array_equal(download(arena), want)
     assert swap_pages(arena, host, [], [], is_out=True) == 0
+    assert swap_pages(arena, host, [1, 6], [4, 4], is_out=True) == 2  # one target twice: the later stays
+    np.testing.assert_array_equal(host[4], want[6])
+    with pytest.raises(ValueError, match="host_arena"):
+        swap_pages(arena, host[:, :320].copy(), [1], [0], is_out=True)
+    host.flags.writeable = False
+    with pytest.raises(ValueError, match="host_arena"):
+        swap_pages(arena, host, [1], [0], is_out=True)
+    assert swap_pages(arena, host, [1], [4], is_out=False) == 1
+    want[1] = want[6]
+    np.testing.assert_array_equal(download(arena), want)
+    host.flags.writeable = True
     with pytest.raises(ValueError, match="device_page_ids"):
         swap_pages(arena, host, [8], [0], is_out=True)
     with pytest.raises(ValueError, match="host_page_ids"):

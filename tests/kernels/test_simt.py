@@ -165,7 +165,7 @@ def named_barriers(gpu) -> None:
 
 
 def copies(gpu) -> None:
-    run(gpu, "copies", [np.ones((64, 4), np.uint32)], np.zeros((6, 64, 4), np.uint32))
+    run(gpu, "copies", [np.ones((64, 4), np.uint32)], np.zeros((7, 64, 4), np.uint32))
 
 
 MUTATED = {

@@ -139,6 +139,22 @@ def test_replayed_graphs_of_padded_steps_compute_what_plain_steps_do(device, lla
     assert (lane.num_graphs, lane.num_graph_steps) == (2, 2)
 
 
+def test_a_split_that_an_engine_gave_back_serves_the_next_one(fast):
+    """Contexts of parts of the chip are few in a process, and only its end frees them."""
+
+    def streams(ladder) -> list[int]:
+        return [part["stream"] for rung in ladder.rungs for part in rung]
+
+    first = _native.GpuLadder(fast.device.gpu, [0.25, 0.5])
+    beside = _native.GpuLadder(fast.device.gpu, [0.25, 0.5])
+    taken = streams(first)
+    assert len(set(taken + streams(beside))) == 2 * len(taken)  # nothing is shared while both are there
+    if not first.is_isolated:
+        pytest.skip("this driver splits nothing")
+    del first
+    assert streams(_native.GpuLadder(fast.device.gpu, [0.25, 0.5])) == taken
+
+
 def test_two_lanes_on_two_parts_of_the_chip_work_at_once(fast):
     bench, num_nodes = GpuBench(fast), fast.program.num_nodes
     ladder = _native.GpuLadder(fast.device.gpu, [0.25, 0.5, 0.75])

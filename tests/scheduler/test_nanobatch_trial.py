@@ -77,5 +77,5 @@ def test_where_nobody_measures_the_cost_model_is_believed():
     trial = NanoTrial()
     chosen = [trial.chooses_nano("k") for _ in range(100)]
     assert all(chosen[MAX_UNANSWERED_STEPS:])
-    assert trial.describe() == ["k: cut, as the cost model has it: nothing was measured"]
+    assert trial.describe() == ["k: cut, as predicted: nothing was measured"]
     assert run(trial, 100, 1.0, 1.2)[-1] is False  # until somebody does

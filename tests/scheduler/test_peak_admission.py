@@ -60,7 +60,7 @@ def test_what_remains_is_the_mean_less_what_is_there():
     def held(num_generated: int, max_tokens: int) -> HeldTokens:
         request = Request("r", range(7), max_tokens)
         request.output_token_ids.extend(range(num_generated))
-        return peak._held_by([request])[0]
+        return peak.held_by([request])[0]
 
     assert held(30, 1000) == HeldTokens(7 + 30 + 15, 70)
     assert held(30, 50).num_remaining == 20

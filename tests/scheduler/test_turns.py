@@ -4,13 +4,17 @@ import random
 
 import pytest
 
+from scheduler.controllers import arbitration
 from scheduler.cost_model import CostModel
-from scheduler.lane_planner import LanePlanner
+from scheduler.lane_planner import MOST_TURNS_WAITED, LanePlanner
 from scheduler.machine import Machine
+from scheduler.outlook import Decodes
+from scheduler.prefill_run import PrefillRun
 from scheduler.request import Request
 from scheduler.simulator.costs import ModelCosts
 from scheduler.simulator.setup import default_model, load_model, scheduler_config
 from scheduler.simulator.simulation import Simulation, SimulationResult
+from scheduler.step_shape import StepShape
 from tests.scheduler.policy_runs import ttft_s
 
 MACHINE = Machine.load("cpu-2-cores")
@@ -68,8 +72,27 @@ def test_an_operator_that_takes_longer_than_decodes_can_wait_is_put_off(monkeypa
         return sum(each.num_tpot_targets - each.num_tpot_kept for each in found)
 
     assert num_tpot_missed() == 0
-    monkeypatch.setattr(LanePlanner, "_is_too_long", lambda *_: False)
+    monkeypatch.setattr(LanePlanner, "_has_to_wait", lambda *_: False)
     assert num_tpot_missed() > 0
+
+
+def test_decodes_that_hardly_keep_their_target_do_not_keep_prompts_out_for_ever(monkeypatch):
+    """There is never credit for what a prompt needs: an operator goes after so many turns, a chunk after so many steps."""
+    scheduler = simulate("arbitrate", [])[0].scheduler
+    planner, rule, config = scheduler._planner, scheduler._controller, scheduler.config
+    monkeypatch.setattr(planner._outlook, "has_decode", lambda: True)
+    run = PrefillRun(1, [Request("r", range(2000), 8)], (), StepShape(0, 0, 0).plus_chunk(0, 2000), [], 0.0,
+                     (config.num_nodes,))  # fmt: skip
+    run.cursor = 3
+    assert not planner._has_to_wait(run, 1.0)
+    waits = [planner._has_to_wait(run, 1e-6) for _ in range(MOST_TURNS_WAITED + 1)]
+    assert waits == [True] * MOST_TURNS_WAITED + [False]
+
+    decodes = Decodes(StepShape(8, 8, 8, 8, 800, window_decode_kv_tokens=800), 0.01)
+    monkeypatch.setattr(planner._outlook, "first_prefill", lambda lane: Request("r", range(2000), 8))
+    budgets = [rule._budget(planner._outlook, decodes, 1e-6, None) for _ in range(arbitration.MOST_STEPS_HELD + 2)]
+    assert budgets[:-2] == [8] * arbitration.MOST_STEPS_HELD
+    assert budgets[-2] > 8 and budgets[-1] == 8
 
 
 def test_the_last_frame_is_kept_for_short_prompts(monkeypatch):

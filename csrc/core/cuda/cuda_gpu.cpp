@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -188,10 +189,17 @@ class CudaGpu final : public Gpu {
     use();
     const std::lock_guard<std::mutex> lock(mutex_);
     for (int wanted : first_sms) {
-      if (!rungs.empty() && rungs.back().first_sms == green_->granted(wanted)) continue;
-      rungs.push_back(green_->make_rung(wanted));
+      const int granted = green_->granted(wanted);
+      if (!rungs.empty() && rungs.back().first_sms == granted) continue;
+      const auto found = idle_rungs_.find(granted);
+      rungs.push_back(found == idle_rungs_.end() ? green_->make_rung(wanted) : found->second);
+      if (found != idle_rungs_.end()) idle_rungs_.erase(found);
     }
     return rungs;
+  }
+  void return_rungs(const std::vector<GpuRung>& rungs) noexcept override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const GpuRung& rung : rungs) idle_rungs_.emplace(rung.first_sms, rung);
   }
   std::string partition_note() const override { return green_->note(); }
 
@@ -201,6 +209,7 @@ class CudaGpu final : public Gpu {
 
   GpuProperties properties_;
   std::mutex mutex_;
+  std::multimap<int, GpuRung> idle_rungs_;  // by the SMs granted to the first part
   std::unique_ptr<GreenContexts> green_;
 };
 

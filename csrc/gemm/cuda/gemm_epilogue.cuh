@@ -3,6 +3,10 @@
 //   value = float(sum - channel_zero * x_sum) * channel_scale * x_scale     in this order, each product rounded
 //   out   = value + bias                                        (gated: f(value + bias) * (up value + up bias))
 //   out  += what was there                                      (add_to_out)
+//   code  = round(out * out_inverse_scale)                      (int8, e4m3: norm/cuda/codes.cuh)
+//
+// Sums of a token's int8 codes: lanes that hold a row of a tile add theirs by shuffles, one integer atomic for each row
+// of a tile. Integers come out alike in every order.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +15,7 @@
 #include "device/ptx_convert.cuh"
 #include "device/ptx_memory.cuh"
 #include "gemm/gemm_kernels_gpu.h"
+#include "norm/cuda/codes.cuh"
 
 namespace partita::gemm {
 
@@ -44,11 +49,35 @@ __device__ __forceinline__ float scaled_sum(const GemmKernelParams& params, Sum 
   }
 }
 
-// Stores the outputs [first, first + kVector) of a token that exist.
-__device__ __forceinline__ void store_outputs(const GemmKernelParams& params, float (&values)[kVector], int64_t first,
-                                              int64_t num_outputs, int64_t token) {
+__device__ __forceinline__ bool is_code_type(DType type) { return type == DType::kI8 || type == DType::kE4M3; }
+
+// The same as codes; returns the sum of the int8 ones.
+__device__ __forceinline__ int32_t store_output_codes(const GemmKernelParams& params, const float (&values)[kVector],
+                                                      int64_t first, int count, int64_t token) {
+  static_assert(kVector == 4);
+  int32_t codes[kVector];
+  const uint32_t word = four_codes(values, params.out_inverse_scale, params.out_type, codes);
+  auto* out = static_cast<uint8_t*>(params.out) + token * params.out_stride + first;
+  if (count == kVector && reinterpret_cast<uintptr_t>(out) % 4 == 0) {
+    device::store_4(out, word);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      if (i < count) out[i] = static_cast<uint8_t>(word >> 8 * i);
+  }
+  if (first == 0 && params.out_scale) params.out_scale[token] = params.out_code_scale;
+  int32_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) sum += i < count ? codes[i] : 0;
+  return sum;
+}
+
+// Stores the outputs [first, first + kVector) of a token that exist; returns the sum of their int8 codes, else 0.
+__device__ __forceinline__ int32_t store_outputs(const GemmKernelParams& params, float (&values)[kVector],
+                                                 int64_t first, int64_t num_outputs, int64_t token) {
   const int64_t offset = token * params.out_stride + first;
   const int count = num_outputs - first < kVector ? static_cast<int>(num_outputs - first) : kVector;
+  if (is_code_type(params.out_type)) return store_output_codes(params, values, first, count, token);
   if (params.out_type == DType::kF32) {
     float* out = static_cast<float*>(params.out) + offset;
     if (count == kVector && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
@@ -64,7 +93,7 @@ __device__ __forceinline__ void store_outputs(const GemmKernelParams& params, fl
       for (int i = 0; i < kVector; ++i)
         if (i < count) out[i] = params.add_to_out ? out[i] + values[i] : values[i];
     }
-    return;
+    return 0;
   }
   const bool is_f16 = params.out_type == DType::kF16;
   uint16_t* out = static_cast<uint16_t*>(params.out) + offset;
@@ -78,17 +107,18 @@ __device__ __forceinline__ void store_outputs(const GemmKernelParams& params, fl
     for (int i = 0; i < kVector; ++i)
       if (i < count) out[i] = is_f16 ? device::f32_to_f16(values[i]) : device::f32_to_bf16(values[i]);
   }
+  return 0;
 }
 
 // Finishes the outputs of one token from their sums. `load(row_in_tile)` gives SumVector of kVector neighbouring packed
-// rows. first_row: of the tile, in the packed matrix.
+// rows. first_row: of the tile, in the packed matrix. Returns what store_outputs does.
 template <WeightScaling kScaling, typename Load>
-__device__ __forceinline__ void finish_outputs(const GemmKernelParams& params, int64_t first_row, int vector_idx,
-                                               int64_t token, const Load& load) {
+__device__ __forceinline__ int32_t finish_outputs(const GemmKernelParams& params, int64_t first_row, int vector_idx,
+                                                  int64_t token, const Load& load) {
   float values[kVector];
   if (params.gate == GateActivation::kNone) {
     const int64_t row = first_row + vector_idx * kVector;
-    if (row >= params.weight.out_features) return;
+    if (row >= params.weight.out_features) return 0;
     const auto sums = load(vector_idx * kVector);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -96,12 +126,12 @@ __device__ __forceinline__ void finish_outputs(const GemmKernelParams& params, i
       values[i] = scaled_sum<kScaling>(params, sums.values[i], n, token);
       if (params.bias) values[i] += params.bias[n];
     }
-    store_outputs(params, values, row, params.weight.out_features, token);
+    return store_outputs(params, values, row, params.weight.out_features, token);
   } else {
     const int64_t num_outputs = params.weight.out_features / 2;
     const int first = vector_idx * kVector;  // output in the tile
     const int64_t output = first_row / 2 + first;
-    if (output >= num_outputs) return;
+    if (output >= num_outputs) return 0;
     const int gate_row = static_cast<int>(interleaved_row(first));
     const auto gates = load(gate_row), ups = load(gate_row + 8);
 #pragma unroll
@@ -113,7 +143,7 @@ __device__ __forceinline__ void finish_outputs(const GemmKernelParams& params, i
       if (params.bias) gate += params.bias[o], up += params.up_bias[o];
       values[i] = gated(params.gate, gate, up);
     }
-    store_outputs(params, values, output, num_outputs, token);
+    return store_outputs(params, values, output, num_outputs, token);
   }
 }
 

@@ -71,6 +71,7 @@ struct TileConfig {
   static_assert(kChannels % kPackedChannels == 0 && kFragmentsPerBlock % kFragments == 0);
   static_assert(kRowBytes % 128 == 0, "the swizzle permutes eight chunks");
   static_assert(kThreads % kRowChunks == 0, "a thread keeps its column of chunks");
+  static_assert(kChannels >= 64 && kChannels <= 128, "store_tile sums a row's codes inside a warp");
 
   struct Stage {
     alignas(128) std::byte activations[kActivationBytes];
@@ -486,8 +487,13 @@ class TileProduct {
       const int row = v / vectors;
       const int64_t token = static_cast<int64_t>(item_.token_tile) * Config::kTokens + row;
       if (token >= params_.num_tokens) break;
-      finish_outputs<Decoder::kScaling>(params_, first_row, v % vectors, token,
-                                        [&](int channel) { return sum_of(row, channel); });
+      int32_t code_sum = finish_outputs<Decoder::kScaling>(params_, first_row, v % vectors, token,
+                                                           [&](int channel) { return sum_of(row, channel); });
+      if (!params_.out_sum) continue;
+      // A row's vectors are neighbouring lanes of one warp, 8, 16 or 32 of them: all come here or none.
+      const unsigned mask = vectors == 32 ? device::kFullWarp : ((1u << vectors) - 1u) << (lane_ & ~(vectors - 1));
+      for (int distance = 1; distance < vectors; distance *= 2) code_sum += __shfl_xor_sync(mask, code_sum, distance);
+      if (v % vectors == 0) atomicAdd(params_.out_sum + token, code_sum);
     }
   }
 
@@ -552,6 +558,7 @@ constexpr GemmKernel tile_entry(const char* name, const char* verified_on, const
   entry.shared_bytes = sizeof(typename Config::Storage);
   entry.ctas_per_sm = Config::kCtasPerSm;
   entry.can_split = true;
+  entry.stores_codes = true;
   entry.accumulation = std::is_same_v<typename Config::Sum, int32_t> ? GemmKernel::kIntegers
                        : Config::kWarpsK == 1                        ? GemmKernel::kAscendingMma
                                                                      : GemmKernel::kOwn;

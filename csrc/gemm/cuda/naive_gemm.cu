@@ -44,7 +44,14 @@ __device__ __forceinline__ float token_scale(const GemmKernelParams& params, int
 __device__ __forceinline__ void store_output(const GemmKernelParams& params, float value, int64_t output,
                                              int64_t token) {
   const int64_t index = token * params.out_stride + output;
-  if (params.out_type == DType::kF32) {
+  if (is_code_type(params.out_type)) {
+    const float values[4] = {value, 0.0f, 0.0f, 0.0f};
+    int32_t codes[4];
+    static_cast<uint8_t*>(params.out)[index] =
+        static_cast<uint8_t>(four_codes(values, params.out_inverse_scale, params.out_type, codes));
+    if (output == 0 && params.out_scale) params.out_scale[token] = params.out_code_scale;
+    if (params.out_sum) atomicAdd(params.out_sum + token, codes[0]);
+  } else if (params.out_type == DType::kF32) {
     float* out = static_cast<float*>(params.out) + index;
     *out = params.add_to_out ? *out + value : value;
   } else {
@@ -114,6 +121,7 @@ constexpr GemmKernel naive_entry(const char* name) {
   entry.warps_tokens = 1, entry.warps_channels = kThreads / 32, entry.warps_k = 1;
   entry.num_stages = 1;
   entry.ctas_per_sm = 8;
+  entry.stores_codes = true;
   entry.accumulation = GemmKernel::kAscendingFma;
   entry.launch = &launch_naive<kActivations>;
   return entry;

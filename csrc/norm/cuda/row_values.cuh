@@ -9,6 +9,7 @@
 #include "device/launch.cuh"
 #include "device/ptx_convert.cuh"
 #include "device/ptx_memory.cuh"
+#include "norm/cuda/codes.cuh"
 #include "norm/norm_gpu.h"
 
 namespace partita::rows {
@@ -173,9 +174,7 @@ __device__ __forceinline__ int32_t encode_item(uint32_t (&words)[2], const float
     const float first = __fmul_rn(x[j], inverse), second = __fmul_rn(x[j + 1], inverse);
     uint32_t pair;
     if (type == DType::kI8) {
-      const auto code = [num_values](float scaled, int j) {
-        return j >= num_values ? 0 : (fabsf(scaled) < 128.0f ? __float2int_rn(scaled) : -128);
-      };
+      const auto code = [num_values](float scaled, int j) { return j >= num_values ? 0 : int8_code(scaled); };
       const int a = code(first, j), b = code(second, j + 1);
       sum += a + b;
       pair = (static_cast<uint32_t>(a) & 0xffu) | (static_cast<uint32_t>(b) & 0xffu) << 8;
@@ -190,11 +189,12 @@ __device__ __forceinline__ int32_t encode_item(uint32_t (&words)[2], const float
 // ---- a row's way out
 
 struct RowTarget {
-  std::byte* row;  // of this block
-  DType type;      // f32, f16, bf16, int8, e4m3
-  float* scales;   // int8, e4m3: [T], or [T, K / group]
-  int32_t* sums;   // int8: the same shape, or null
-  int64_t group;   // 0, 32, 128
+  std::byte* row;    // of this block
+  DType type;        // f32, f16, bf16, int8, e4m3
+  float* scales;     // int8, e4m3: [T], or [T, K / group]
+  int32_t* sums;     // int8: the same shape, or null
+  int64_t group;     // 0, 32, 128
+  float code_scale;  // > 0: known beforehand, of every row
 };
 
 // Params: has out, out_type, out_stride, out_scale, out_sum and group, as PrepareRowsParams.
@@ -202,7 +202,7 @@ template <typename Params>
 __device__ __forceinline__ RowTarget target_of(const Params& p) {
   auto* row =
       static_cast<std::byte*>(p.out) + blockIdx.x * p.out_stride * static_cast<int64_t>(dtype_bytes(p.out_type));
-  return {row, p.out_type, p.out_scale, p.out_sum, p.group};
+  return {row, p.out_type, p.out_scale, p.out_sum, p.group, p.code_scale};
 }
 
 // for_each_item(body) calls body(x, at) for each of the thread's items, the same values each time.
@@ -240,10 +240,13 @@ __device__ __forceinline__ void emit_row(ForEachItem&& for_each_item, const RowT
   }
 
   // ---- codes with the row's scale
-  uint32_t bits = 0;
-  for_each_item([&](float (&x)[kItemValues], int64_t) { bits = larger(bits, absmax_bits(x)); });
-  bits = reduce_block(bits, 0u, scratch.magnitudes, larger);
-  const CodeScale scale = code_scale(bits, target.type);
+  CodeScale scale{target.code_scale, 1.0f / target.code_scale};
+  if (!(target.code_scale > 0)) {
+    uint32_t bits = 0;
+    for_each_item([&](float (&x)[kItemValues], int64_t) { bits = larger(bits, absmax_bits(x)); });
+    bits = reduce_block(bits, 0u, scratch.magnitudes, larger);
+    scale = code_scale(bits, target.type);
+  }
   int32_t sum = 0;
   for_each_item([&](float (&x)[kItemValues], int64_t at) {
     uint32_t words[2];
@@ -252,7 +255,7 @@ __device__ __forceinline__ void emit_row(ForEachItem&& for_each_item, const RowT
   });
   if (target.sums) sum = reduce_block(sum, 0, scratch.code_sums, [](int32_t a, int32_t b) { return a + b; });
   if (threadIdx.x == 0) {
-    target.scales[row_idx] = scale.scale;
+    if (target.scales) target.scales[row_idx] = scale.scale;
     if (target.sums) target.sums[row_idx] = sum;
   }
 }

@@ -16,12 +16,13 @@ def gated_activation(
     scale: Any = None,
     code_sum: Any = None,
     group: int = 0,
+    code_scale: float = 0.0,
     stream: int | None = None,
 ) -> None:
     """out = f(gate) * up, where each row of ``x`` is gate, then up (Shazeer, 2020).
 
     Runs where ``x`` lies. On a GPU ``x`` may be float16 or bfloat16 too, and ``out`` anything that
-    ``norm.prepare_rows`` writes, with its ``scale``, ``code_sum`` and ``group``.
+    ``norm.prepare_rows`` writes, with its ``scale``, ``code_sum``, ``group`` and ``code_scale``.
 
     Args:
         x: [T, 2F] float32, contiguous.
@@ -35,6 +36,6 @@ def gated_activation(
         ValueError: a wrong shape, a strided or read-only array, an unknown activation.
     """
     if _native.is_on_gpu(x):
-        _native.gated_activation_gpu(x, out, activation, scale, code_sum, group, stream)
+        _native.gated_activation_gpu(x, out, activation, scale, code_sum, group, code_scale, stream)
     else:
         _native.gated_activation(x, out, activation, num_threads)

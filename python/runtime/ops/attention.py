@@ -289,9 +289,15 @@ def swap_pages(
 ) -> int:
     """Moves pages between a GPU's arena and the host's, waits, and returns how many copies that took.
 
+    Pages that are neighbours on both sides go in one copy; of two with one target the later in the lists stays.
+
     Args:
+        arena: [num_pages, page_bytes] uint8.
         host_arena: [num_host_pages, page_bytes] uint8 in host memory.
+        device_page_ids, host_page_ids: of ``arena`` and of ``host_arena``, as many; page ``i`` of one list goes with
+            page ``i`` of the other.
         is_out: from the GPU to the host; else back.
+        stream: an address; None is the default stream.
 
     Raises:
         TypeError, ValueError: as above.

@@ -152,6 +152,9 @@ class GpuPackedLinear(Protocol):
         bias: Any = None,
         gate: str | None = None,
         add_to_out: bool = False,
+        out_code_scale: float = 0.0,
+        out_scale: Any = None,
+        out_sum: Any = None,
         num_ctas: int = 0,
         stream: int | None = None,
     ) -> None:
@@ -161,6 +164,9 @@ class GpuPackedLinear(Protocol):
         or more] float32, float16 or bfloat16; with `gate` [T, out_features / 2 or more]. workspace: uint8, at least
         workspace_bytes(T). x_scale: float32 [T] of int8 and e4m3 codes; x_sum: int32 [T], the sum of a token's codes,
         where the weight has zeros per channel. bias: float32 [out_features]. add_to_out: float32 only, no gate.
+        Packed with `quantises_output`, out is int8 or float8_e4m3fn: the codes of the outputs over out_code_scale, as
+        `norm.prepare_rows` with that code_scale makes them; out_scale float32 [T] is set to it and out_sum int32 [T] to
+        the sums of the int8 codes, where they are given: x_scale and x_sum of the next linear.
         num_ctas: most thread blocks to use; 0: as many as the chip runs.
 
         Raises TypeError and ValueError as PackedLinear.run does.
@@ -213,12 +219,14 @@ def pack_linear_gpu(
     *,
     batch_invariant: bool = False,
     interleaves_gate: bool = False,
+    quantises_output: bool = False,
     selection_table: str = "",
 ) -> GpuPackedLinear:
     """Packs row segments of equal in_features into the memory of a GPU (`_native.open_gpu`).
 
     activations: "f32" (the exact mode), "f16", "bf16", "int8" or "e4m3". batch_invariant: a token's bits do not depend
-    on the number of tokens. interleaves_gate: the segments are gate|up and every run has a gate. selection_table:
+    on the number of tokens. interleaves_gate: the segments are gate|up and every run has a gate. quantises_output:
+    every run's out is int8 or float8_e4m3fn. selection_table:
     lines "out_features in_features max_tokens kernel num_splits" that overrule the cost model.
     Raises ValueError for no segments, unequal in_features, an unknown activation type or a bad table.
     """
@@ -228,5 +236,6 @@ def pack_linear_gpu(
         activations,
         batch_invariant=batch_invariant,
         interleaves_gate=interleaves_gate,
+        quantises_output=quantises_output,
         selection_table=selection_table,
     )

@@ -50,6 +50,7 @@ def prepare_rows(
     code_sum: Any = None,
     group: int = 0,
     width: int | None = None,
+    code_scale: float = 0.0,
     stream: int | None = None,
 ) -> None:
     """Rows of the residual, or of any layer's output, as the next GEMM reads them: normed, then converted. GPU only.
@@ -62,6 +63,8 @@ def prepare_rows(
         scale: int8 and float8_e4m3fn: float32, one for each row, or for each ``group`` values of it, row by row.
         code_sum: int8: int32, as many: the sums of the codes; or None.
         group: 0 (the whole row), 32 or 128.
+        code_scale: above 0: the scale of all codes, known beforehand, in the place of each row's own; ``scale`` may then
+            be None. What lies beyond the type is held to its ends (a NaN: -128 in int8, NaN in float8_e4m3fn).
         width: K, where ``x`` and ``out`` are wider; None: all of ``x``.
         stream: an address; None is the default stream.
 
@@ -69,4 +72,4 @@ def prepare_rows(
         TypeError: an array of another dtype, or none on a GPU.
         ValueError: a wrong shape or group, a scale that is missing or not wanted.
     """
-    _native.prepare_rows(x, out, norm_weight, eps, scale, code_sum, group, width, stream)
+    _native.prepare_rows(x, out, norm_weight, eps, scale, code_sum, group, width, code_scale, stream)

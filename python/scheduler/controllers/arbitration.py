@@ -41,6 +41,8 @@ from scheduler.splitfuse import TILE_TOKENS, most_tiles
 
 HYSTERESIS = 0.05
 _NUM_TTFT_TARGETS = 64
+# Then a chunk goes in whatever the credit is: decodes that hardly keep their target would keep prompts out for ever.
+MOST_STEPS_HELD = 64
 _LOOK_AHEAD = 8  # prompts that stand for those to come
 
 
@@ -53,6 +55,9 @@ class Arbitration:
     ) -> None:  # fmt: skip
         self._config = config
         self._model = cost_model
+        # A granularity that was asked for leaves those that cut prompts so; splits go with any.
+        beside = {"": (), "token": ("turns",)}.get(config.prefill, ("mix", "nano"))
+        kinds = tuple(kind for kind in kinds if kind not in beside)
         self._candidates = Candidates(config, cost_model, kinds, uses_slack) if cost_model is not None else None
         self._hysteresis = hysteresis
         self._uses_slack = uses_slack
@@ -61,6 +66,7 @@ class Arbitration:
         self._busy_until_s = 0.0  # when the last step that was decided on ends, as predicted
         self._latest_step_s = 0.0  # what it takes
         self._present: Candidate | None = None
+        self._num_steps_held = 0  # in which credit let no chunk in
 
     # What it hears
 
@@ -169,8 +175,11 @@ class Arbitration:
         if num_tokens < min(least, prefill.num_expected_tokens - start) and self._uses_slack:
             # Where credit allows it, what is worth a step goes though it keeps arrivals waiting; else credit grows.
             is_paid = limit_s != allowed_s and (allowed_s is None or step_s(least) <= allowed_s)
+            self._num_steps_held += 1
+            is_paid = is_paid or self._num_steps_held > MOST_STEPS_HELD
             num_tokens = least if is_paid else 0
         if num_tokens:
+            self._num_steps_held = 0
             shape = shape.plus_chunk(start, num_tokens, window)
         begin_s = max(outlook.now, self._busy_until_s)
         self._latest_step_s = known[num_tokens] / guard if num_tokens in known else model.step_s(shape)

@@ -67,7 +67,7 @@ def scheduler_config(
     if spec.num_kv_groups == 2:
         windows = (0, spec.sliding_window)
     preset = policy_named(fields.get("policy") or "default")
-    is_cut_by_tokens = (fields.get("prefill") or preset.prefill) == "token"
+    is_cut_by_tokens = (fields.get("prefill") or preset.prefill or "token") == "token"
     budget_tokens = (2048 if is_large else 512) if is_cut_by_tokens else _RUN_TOKENS[is_large]
     values = {
         "num_pages": num_pages,
