@@ -2,13 +2,14 @@
 
     partita calibrate
     python -m bench.serve.arrangements [--configurations default-128,layer,...] [--load 0.7] [--duration 25] [--repeats 2]
+                                       [--http]
 
 First the capacity is measured: what `default` at its largest budget answers when everything waits at once. Then every
 configuration gets the same Poisson trace at --load of it, in a new random order in every repeat, because the machine is
 never quiet for long; `others` is the share of it that other processes used meanwhile. A line per configuration: the median
 over repeats. Then ratios to the best decode-first chunked prefill: of the `default-N` whose throughput is within --equal of
 their best, the one with the lowest P99 TPOT. The last line is JSON. Targets of the chats are multiples of what one of them
-alone takes, unless given in milliseconds.
+alone takes, unless given in milliseconds. With --http all of it goes through the real server (http_loop.py).
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
+from bench.serve.http_loop import HttpLoop
 from bench.serve.open_loop import LoadRequest, OpenLoop, RequestClass, draw_trace, summarise
 from bench.serve.other_load import OtherLoad, wait_until_quiet
 from runtime.calibrate import cpu_name
@@ -71,28 +74,41 @@ COLUMNS = (
 )
 
 
-def measure(loaded, args: EngineArgs, requests: Sequence[LoadRequest], limit_s: float) -> dict[str, float]:
+Start = Callable[[EngineArgs], OpenLoop | HttpLoop]  # of a configuration, for one load
+
+
+def loop_starter(loaded, is_http: bool) -> Start:
+    """What starts a configuration: an engine in this process over the loaded model, or a server in a child process."""
+    return partial(HttpLoop, loaded.config.vocab_size) if is_http else partial(OpenLoop, loaded)
+
+
+def measure(
+    start: Callable[[EngineArgs], OpenLoop | HttpLoop],
+    args: EngineArgs,
+    requests: Sequence[LoadRequest],
+    limit_s: float,
+) -> dict[str, float]:
     warm_up = LoadRequest(0.0, RequestClass("warm-up", 1.0, (1, 1), (1, 1)), 600, 8)
-    loop, load = OpenLoop(loaded, args), OtherLoad()
-    line = summarise(loop.run(requests, limit_s=limit_s, warm_up=warm_up))
+    load = OtherLoad()
+    line = summarise(start(args).run(requests, limit_s=limit_s, warm_up=warm_up))
     line["others"] = load.share()
     return line
 
 
-def one_alone(loaded, args: EngineArgs, kind: RequestClass) -> tuple[float, float]:
+def one_alone(start: Start, args: EngineArgs, kind: RequestClass) -> tuple[float, float]:
     """(TTFT, TPOT) in seconds of a request of the class when nobody else is there: the median of five."""
     request = LoadRequest(0.0, kind, sum(kind.prompt) // 2, 16)
-    lines = [measure(loaded, args, [request], 60.0) for _ in range(5)]
+    lines = [measure(start, args, [request], 60.0) for _ in range(5)]
     return (
         statistics.median(line[f"{kind.name}_ttft_p50_s"] for line in lines),
         statistics.median(line["tpot_p50_s"] for line in lines),
     )
 
 
-def capacity_of(loaded, args: EngineArgs, classes: Sequence[RequestClass], num_requests: int) -> float:
+def capacity_of(start: Start, args: EngineArgs, classes: Sequence[RequestClass], num_requests: int) -> float:
     """Requests a second when all of them wait at once."""
     trace = draw_trace(classes, 1.0, 10.0 * num_requests, seed=7)[:num_requests]
-    line = measure(loaded, args, [replace(request, arrival_s=0.0) for request in trace], 600.0)
+    line = measure(start, args, [replace(request, arrival_s=0.0) for request in trace], 600.0)
     return line["requests"] / line["duration_s"]
 
 
@@ -101,7 +117,7 @@ def median_line(lines: list[dict[str, float]]) -> dict[str, float]:
 
 
 def run_all(
-    loaded, args: EngineArgs, names: Sequence[str], traces, *, limit_s: float, quiet_s: float, seed: int = 0,
+    start: Start, args: EngineArgs, names: Sequence[str], traces, *, limit_s: float, quiet_s: float, seed: int = 0,
     configurations: Mapping[str, dict] = CONFIGURATIONS,
 ) -> dict[str, dict]:  # fmt: skip
     """Configuration -> its median line; a trace per repeat, the configurations in a new order for each. quiet_s: how long
@@ -113,7 +129,7 @@ def run_all(
             for name in rng.sample(list(names), len(names)):
                 others_before = wait_until_quiet(quiet_s) if quiet_s else 0.0
                 started_s = time.monotonic()
-                line = measure(loaded, replace(args, **configurations[name]).check(), trace, limit_s)
+                line = measure(start, replace(args, **configurations[name]).check(), trace, limit_s)
                 lines[name].append(line)
                 took_s = time.monotonic() - started_s
                 print(
@@ -172,6 +188,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, help="requests a second, instead of --load of a measured capacity")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
+        "--http",
+        action="store_true",
+        help="through a server in a child process, one per run, and a streaming client; else in this process",
+    )
+    parser.add_argument(
         "--quiet",
         type=float,
         default=0.0,
@@ -211,16 +232,16 @@ def main() -> None:
         parser.error(f"--configurations: got {', '.join(unknown)}, wanted some of {', '.join(CONFIGURATIONS)}")
 
     args = engine_args(namespace)
-    loaded = load_calibrated(parser, args)
+    start = loop_starter(load_calibrated(parser, args), namespace.http)
     chat = RequestClass("chat", 1.0 - namespace.long_share, CHAT_PROMPT, CHAT_OUTPUT)
-    alone_ttft_s, alone_tpot_s = one_alone(loaded, args, chat)
+    alone_ttft_s, alone_tpot_s = one_alone(start, args, chat)
     ttft_s = namespace.ttft_ms / 1e3 if namespace.ttft_ms else 8 * alone_ttft_s
     tpot_s = namespace.tpot_ms / 1e3 if namespace.tpot_ms else 8 * alone_tpot_s
     chat = replace(chat, ttft_s=ttft_s, tpot_s=tpot_s)
     long = RequestClass("long", namespace.long_share, LONG_PROMPT, LONG_OUTPUT, namespace.long_ttft_ms / 1e3, tpot_s)
     classes = [chat, long]
     largest = replace(args, max_num_batched_tokens=BUDGETS[-1])
-    capacity = None if namespace.rate else capacity_of(loaded, largest, classes, 40)
+    capacity = None if namespace.rate else capacity_of(start, largest, classes, 40)
     rate = namespace.rate or namespace.load * capacity
     traces = [draw_trace(classes, rate, namespace.duration, namespace.seed + i) for i in range(namespace.repeats)]
     print(
@@ -230,7 +251,7 @@ def main() -> None:
         + f"; {[len(trace) for trace in traces]} requests, {namespace.long_share:.0%} long"
     )
     lines = run_all(
-        loaded,
+        start,
         args,
         names,
         traces,
@@ -242,8 +263,8 @@ def main() -> None:
     baseline = best_baseline(lines, namespace.equal)
     ratios = print_ratios(lines, baseline) if baseline else {}
     content = {
-        "machine": cpu_name(), "capacity_per_s": capacity, "rate_per_s": rate, "ttft_target_s": ttft_s,
-        "tpot_target_s": tpot_s, "duration_s": namespace.duration, "repeats": namespace.repeats,
+        "machine": cpu_name(), "is_http": namespace.http, "capacity_per_s": capacity, "rate_per_s": rate,
+        "ttft_target_s": ttft_s, "tpot_target_s": tpot_s, "duration_s": namespace.duration, "repeats": namespace.repeats,
         "num_requests": [len(trace) for trace in traces], "baseline": baseline, "lines": lines, "ratios": ratios,
     }  # fmt: skip
     print(json.dumps(content))

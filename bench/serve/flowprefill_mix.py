@@ -1,7 +1,7 @@
 """Time to first token where short prompts in a hurry meet long ones that can wait: orders and cuts of prefill compared.
 
     partita calibrate
-    python -m bench.serve.flowprefill_mix [--mixes 0.5,0.75,0.9] [--load 0.85] [--duration 20] [--repeats 2]
+    python -m bench.serve.flowprefill_mix [--mixes 0.5,0.75,0.9] [--load 0.85] [--duration 20] [--repeats 2] [--http]
 
 A mix is the share of short requests. For each the rate is --load of the capacity that `fcfs` (prompts whole, in order of
 arrival) shows when everything waits at once. TTFT goodput counts requests whose first token came in time. The worst mix is
@@ -14,7 +14,15 @@ import argparse
 import json
 from dataclasses import replace
 
-from bench.serve.arrangements import add_engine_arguments, capacity_of, engine_args, load_calibrated, one_alone, run_all
+from bench.serve.arrangements import (
+    add_engine_arguments,
+    capacity_of,
+    engine_args,
+    load_calibrated,
+    loop_starter,
+    one_alone,
+    run_all,
+)
 from bench.serve.open_loop import RequestClass, draw_trace
 from runtime.calibrate import cpu_name
 
@@ -46,25 +54,31 @@ def main() -> None:
         )
 
     args = engine_args(namespace)
-    loaded = load_calibrated(parser, args)
+    start = loop_starter(load_calibrated(parser, args), namespace.http)
     output = (namespace.output_tokens, namespace.output_tokens)
     short, long = RequestClass("short", 0.0, (30, 150), output), RequestClass("long", 0.0, (2000, 3000), output)
     fcfs = replace(args, **CONFIGURATIONS["fcfs"])
     targets = {}
     for kind, given, factor in ((short, namespace.short_ttft_ms, 5), (long, namespace.long_ttft_ms, 10)):
-        targets[kind.name] = given / 1e3 if given else factor * one_alone(loaded, fcfs, kind)[0]
+        targets[kind.name] = given / 1e3 if given else factor * one_alone(start, fcfs, kind)[0]
     print(f"{cpu_name()}; TTFT targets: " + ", ".join(f"{name} {s * 1e3:.0f} ms" for name, s in targets.items()))
 
-    content = {"machine": cpu_name(), "targets_s": targets, "load": namespace.load, "mixes": {}}
+    content = {
+        "machine": cpu_name(),
+        "is_http": namespace.http,
+        "targets_s": targets,
+        "load": namespace.load,
+        "mixes": {},
+    }
     for share in (float(text) for text in namespace.mixes.split(",")):
         classes = [
             replace(short, weight=share, ttft_s=targets["short"]), replace(long, weight=1.0 - share, ttft_s=targets["long"])
         ]  # fmt: skip
-        rate = namespace.rate or namespace.load * capacity_of(loaded, fcfs, classes, 24)
+        rate = namespace.rate or namespace.load * capacity_of(start, fcfs, classes, 24)
         traces = [draw_trace(classes, rate, namespace.duration, namespace.seed + i) for i in range(namespace.repeats)]
         print(f"\n{share:.0%} short: {rate:.2f} requests/s, {[len(trace) for trace in traces]} requests")
         lines = run_all(
-            loaded, args, names, traces, limit_s=6.0 * namespace.duration + 60.0, quiet_s=namespace.quiet,
+            start, args, names, traces, limit_s=6.0 * namespace.duration + 60.0, quiet_s=namespace.quiet,
             seed=namespace.seed, configurations=CONFIGURATIONS,
         )  # fmt: skip
         base = lines["fcfs"]["ttft_goodput_per_s"]

@@ -86,6 +86,10 @@ def draw_trace(classes: Sequence[RequestClass], rate: float, duration_s: float, 
     return requests
 
 
+def draw_prompt(request: LoadRequest, rng: random.Random, vocab_size: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(FIRST_TOKEN_ID, vocab_size) for _ in range(request.num_prompt_tokens))
+
+
 class StepCounter:
     """Stands where the engine's trace stands: what kinds of steps there were, without node-by-node timing."""
 
@@ -145,7 +149,7 @@ class OpenLoop:
                     self._all_ended.set()
 
     def _submit(self, name: str, request: LoadRequest, rng: random.Random, arrival_s: float) -> None:
-        prompt = tuple(rng.randrange(FIRST_TOKEN_ID, self._vocab_size) for _ in range(request.num_prompt_tokens))
+        prompt = draw_prompt(request, rng, self._vocab_size)
         sampling = SamplingParams(temperature=0.0, max_tokens=request.num_output_tokens, ignore_eos=True)
         kind = request.kind
         service = ServiceLevel(

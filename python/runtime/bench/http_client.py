@@ -40,6 +40,9 @@ class HttpClient:
     async def get_json(self, path: str) -> Any:
         return json.loads(await self._whole("GET", path, b""))
 
+    async def get_text(self, path: str) -> str:
+        return (await self._whole("GET", path, b"")).decode("utf-8")
+
     async def post_json(self, path: str, body: dict[str, Any]) -> Any:
         return json.loads(await self._whole("POST", path, json.dumps(body).encode()))
 
