@@ -13,9 +13,10 @@ struct Params {
   bool is_vector;
 };
 
-// kNumItems: of a thread, kept in registers; 0: any number, read again for each pass.
+// kNumItems: of a thread, kept in registers; 0: any number, read again for each pass. One block an SM as the least:
+// left to itself ptxas held two items to 40 registers on sm_120, for three blocks, and spilled.
 template <int kNumItems>
-__global__ void __launch_bounds__(kMaxRowThreads) prepare_row_kernel(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(kMaxRowThreads, 1) prepare_row_kernel(const __grid_constant__ Params params) {
   const PrepareRowsParams& p = params.rows;
   RowScratch& scratch = device::dynamic_shared<RowScratch>();
   const int64_t row_idx = blockIdx.x, width = p.width;
