@@ -65,7 +65,7 @@ class HttpLoop:
         self._server = ServerProcess(partita_command(args.model, shlex.join(flags)), LOG)
         try:
             self._server.first_token_s()
-        except BaseException:
+        except BaseException:  # an interrupt too: a server left behind would be part of everybody's other load
             self._server.stop()
             raise
 

@@ -134,7 +134,7 @@ def calibrate(loaded, spec, args, *, num_runs: int = 9, seconds: float = 45.0, l
         host_s_per_step=machine.host_s_per_step + engine.host_s_per_step,
     )  # fmt: skip
     if machine.lane_speeds and machine.held_out_error > HELD_OUT_BAR:
-        # Whoever else was busy meanwhile made lanes look as if they did not share the chip (0.99 of it each, seen twice).
+        # Whoever else was busy meanwhile made lanes look as if they did not share the chip.
         log("lanes     not kept: the machine was too unsteady to tell what they do to each other")
         machine = replace(machine, lane_speeds=())
     return machine, absolute

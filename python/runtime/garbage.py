@@ -2,7 +2,7 @@
 
 A step makes some thousand small tuples, none of which can be part of a cycle, so reference counts free all of them. By
 default every 700 of them the collector walks what is young, every 7,000 what is older: with 256 requests running that was
-0.3 to 0.6 ms in one decision of a hundred, more than the decision itself.
+more than the decision itself in the slowest of a hundred (docs/log.md, decision time).
 """
 
 from __future__ import annotations
